@@ -1,0 +1,3 @@
+module usher.dev/usher
+
+go 1.26.0
