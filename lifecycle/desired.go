@@ -1,0 +1,53 @@
+package lifecycle
+
+import (
+	"context"
+	"net/netip"
+	"time"
+)
+
+// Desired is what the registry should say of this instance. It is immutable once handed over.
+type Desired struct {
+	State State
+	Cause string
+	Since time.Time
+	Pod   Pod
+	// Instances has one entry for each Service; empty until the own Pod is known.
+	Instances []Instance
+	// Verdict is set from Released on.
+	Verdict *Verdict
+}
+
+// Instance is the pod as one Service's instance.
+type Instance struct {
+	Service   string
+	Advertise bool // consumers should find it
+	Addresses []netip.Addr
+	Ports     []Port
+	Zone      string
+}
+
+// Advertised says whether any Service should advertise the instance.
+func (d Desired) Advertised() bool {
+	for _, i := range d.Instances {
+		if i.Advertise {
+			return true
+		}
+	}
+	return false
+}
+
+// Registrar makes the registry match what it was told last, whatever happens in between.
+type Registrar interface {
+	// Set replaces what is desired. It never blocks.
+	Set(Desired)
+	// Sync waits until the registry matches what was last set. When ctx ends first, the error says what kept it.
+	Sync(ctx context.Context) error
+}
+
+// Drainer waits until nothing is in flight.
+type Drainer interface {
+	// Wait returns once no request has been in flight for the quiet period, not before settled, and at the latest when
+	// ctx ends.
+	Wait(ctx context.Context, settled time.Time) DrainResult
+}

@@ -1,0 +1,31 @@
+// Package registry is Usher's side of etcd: it writes what one agent wants advertised, and reads what all of them wrote.
+//
+// The writing side ([Registrar]) is level-triggered. Whatever it is told last ([lifecycle.Desired]) it turns into keys
+// and values, compares with what it knows to be there, and sends the difference as one transaction:
+//
+//	If   every key is as last seen (its mod revision; 0 when absent)
+//	Then put and delete the difference, every put under the agent's one lease
+//	Else read all the keys, decide who owns what, and try again
+//
+// So one mechanism covers the first registration, a change, lease loss, a key deleted by hand and a rival: nothing is
+// written on top of a value that wasn't seen before.
+//
+// # The fence
+//
+// The ledger record (`/usher/v1/<cluster>/instances/<namespace>/<service>/<pod>`, [Record]) carries the owner: cluster,
+// pod UID, lease, and an id drawn by each agent process. An agent takes over
+//
+//   - an absent record;
+//   - a record of an older Pod of the same name (StatefulSet), told by the Pod's creation time;
+//   - a record of its own Pod that another process wrote before (the agent's container restarted).
+//
+// An agent whose record was taken over by another one never writes again while that record is there. A value that is
+// not a [Record], or a consumer key under a lease that is neither its own nor its predecessor's, belongs to somebody
+// else: it is left alone and reported.
+//
+// # Invariants
+//
+//  1. Nothing is ever put without a lease: an agent that dies takes its records with it, after one TTL.
+//  2. All records of an instance change in one transaction.
+//  3. A ready instance that is not in the registry is being retried, with jittered back-off.
+package registry
