@@ -1,0 +1,283 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry/format"
+)
+
+// maxRounds bounds the optimistic rounds of one attempt; one is repeated only because a key was not as last seen.
+const maxRounds = 6
+
+// plan is what is wanted of one Service's keys.
+type plan struct {
+	ledger  string
+	record  Record            // without its Keys
+	wanted  map[string]string // consumer records
+	refused error             // of a format that can't write this instance
+}
+
+// apply makes etcd match d. A problem is what only others can mend (a foreign value, a rival, a rule that the instance
+// breaks): around it, everything else has been written.
+func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
+	if r.s.cli == nil {
+		cli, err := r.cfg.Dial()
+		if err != nil {
+			return nil, fmt.Errorf("connecting to etcd: %w", err)
+		}
+		r.s.cli = cli
+	}
+	for range maxRounds {
+		if r.s.lease == 0 {
+			if err := r.grant(); err != nil {
+				return nil, err
+			}
+		}
+		plans, err := r.plans(d)
+		if err != nil {
+			return nil, err
+		}
+		keys := r.keys(plans)
+		if r.s.stale {
+			resp, err := r.commit(nil, gets(keys), nil)
+			if err != nil {
+				return nil, fmt.Errorf("reading from etcd: %w", err)
+			}
+			r.learn(resp.Responses, keys)
+			r.s.stale = false
+		}
+		want, problem := r.arbitrate(plans)
+		if r.s.stale { // a predecessor left keys that have not been read yet
+			continue
+		}
+		ifs, then := r.diff(want)
+		if len(then) == 0 {
+			r.rewatch(keys)
+			return problem, nil
+		}
+		resp, err := r.commit(ifs, then, gets(keys))
+		switch {
+		case errors.Is(err, rpctypes.ErrLeaseNotFound):
+			r.loseLease()
+			continue
+		case err != nil:
+			r.s.stale = true // it may have been carried out all the same
+			return nil, fmt.Errorf("writing to etcd: %w", err)
+		case !resp.Succeeded:
+			r.learn(resp.Responses, keys)
+			continue
+		}
+		for key, value := range want {
+			if value == nil {
+				r.s.known[key] = known{}
+			} else if kn := r.s.known[key]; kn.value != *value || kn.lease != r.s.lease {
+				r.s.known[key] = known{resp.Header.Revision, *value, r.s.lease}
+			}
+		}
+		for _, p := range plans {
+			if want[p.ledger] != nil {
+				r.s.held[p.ledger] = true
+			}
+		}
+		r.rewatch(keys)
+		return problem, nil
+	}
+	return nil, errors.New("the records change faster than they can be written")
+}
+
+func (r *Registrar) commit(ifs []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
+	ctx, cancel := context.WithTimeout(r.s.live, requestTimeout)
+	defer cancel()
+	r.Counters.Transactions.Add(1)
+	resp, err := r.s.cli.Txn(ctx).If(ifs...).Then(then...).Else(otherwise...).Commit()
+	if err == nil {
+		r.s.revision = resp.Header.Revision
+	}
+	return resp, err
+}
+
+// plans says what d wants, Service by Service.
+func (r *Registrar) plans(d lifecycle.Desired) ([]plan, error) {
+	var plans []plan
+	taken := map[string]string{}
+	for _, in := range d.Instances {
+		p := plan{
+			ledger: InstanceKey(r.cfg.Cluster, r.cfg.Namespace, in.Service, r.cfg.Pod),
+			wanted: map[string]string{},
+			record: Record{
+				Owner:     Owner{Cluster: r.cfg.Cluster, PodUID: r.cfg.PodUID, PodCreated: d.Pod.Created, Lease: LeaseID(r.s.lease), Agent: r.agent},
+				Namespace: r.cfg.Namespace, Service: in.Service, Pod: r.cfg.Pod,
+				Node: d.Pod.Node, Zone: in.Zone,
+				State: d.State.String(), Since: d.Since, Cause: d.Cause,
+			},
+		}
+		if d.Verdict != nil {
+			p.record.Verdict = d.Verdict.Message()
+		}
+		fi := format.Instance{ID: r.cfg.PodUID, Namespace: r.cfg.Namespace, Service: in.Service, Addresses: in.Addresses}
+		for _, a := range in.Addresses {
+			p.record.Addresses = append(p.record.Addresses, a.String())
+		}
+		for _, port := range in.Ports {
+			p.record.Ports = append(p.record.Ports, Port{port.Name, port.Number, port.Protocol, port.AppProtocol})
+			fi.Ports = append(fi.Ports, format.Port{Name: port.Name, Number: port.Number, Protocol: port.Protocol})
+		}
+		for _, f := range r.cfg.Formats[in.Service] {
+			p.record.Formats = append(p.record.Formats, f.Name)
+			if !in.Advertise {
+				continue
+			}
+			recs, err := f.Records(fi)
+			if err != nil {
+				p.refused = errors.Join(p.refused, fmt.Errorf("service %s: %w", in.Service, err))
+			}
+			for _, rec := range recs {
+				if by, ok := taken[rec.Key]; ok {
+					return nil, fmt.Errorf("formats %s and %s both write key %s", by, f.Name, rec.Key)
+				}
+				taken[rec.Key] = f.Name
+				p.wanted[rec.Key] = rec.Value
+			}
+		}
+		plans = append(plans, p)
+	}
+	return plans, nil
+}
+
+// keys are all keys that matter: those wanted and those known.
+func (r *Registrar) keys(plans []plan) []string {
+	set := map[string]bool{}
+	for k := range r.s.known {
+		set[k] = true
+	}
+	for _, p := range plans {
+		set[p.ledger] = true
+		for k := range p.wanted {
+			set[k] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(set))
+}
+
+// arbitrate decides who owns what was last seen, and turns the plans into the value that each key should have; nil
+// means deleted. Keys that are somebody else's are left out, and named in the problem.
+func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem error) {
+	want = map[string]*string{}
+	ours := maps.Clone(r.s.leases)
+	for _, p := range plans {
+		problem = errors.Join(problem, p.refused)
+		predecessor, err := r.claim(p)
+		if err != nil {
+			problem = errors.Join(problem, err)
+			continue
+		}
+		if predecessor.PodUID == r.cfg.PodUID {
+			ours[clientv3.LeaseID(predecessor.Lease)] = true
+		}
+		for key, value := range p.wanted {
+			if kn := r.s.known[key]; kn.rev != 0 && !ours[kn.lease] {
+				problem = errors.Join(problem, fmt.Errorf("%w: key %s has a value under %s, which this agent never had; delete it to have the instance registered", ErrForeign, key, leaseText(kn.lease)))
+				continue
+			}
+			want[key] = &value
+			p.record.Keys = append(p.record.Keys, key)
+		}
+		slices.Sort(p.record.Keys)
+		v, err := p.record.Encode()
+		if err != nil {
+			problem = errors.Join(problem, fmt.Errorf("encoding the ledger record: %w", err))
+			continue
+		}
+		ledger := string(v)
+		want[p.ledger] = &ledger
+	}
+	// What this process or its predecessor wrote and nobody wants any more goes. That holds beside a rival too: a lease
+	// of ours is never a rival's.
+	for key, kn := range r.s.known {
+		if _, ok := want[key]; !ok && kn.rev != 0 && ours[kn.lease] {
+			want[key] = nil
+		}
+	}
+	return want, problem
+}
+
+// claim says whether the ledger key of p may be written, and who owned it before.
+func (r *Registrar) claim(p plan) (predecessor Owner, err error) {
+	kn := r.s.known[p.ledger]
+	if kn.rev == 0 {
+		return Owner{}, nil
+	}
+	rec, err := DecodeRecord(p.ledger, []byte(kn.value))
+	if err != nil {
+		return Owner{}, fmt.Errorf("%w: %w; delete it to have the instance registered", ErrForeign, err)
+	}
+	switch mine := p.record.Owner; {
+	case rec.Owner.Agent == r.agent:
+	case rec.Owner.PodUID != mine.PodUID && rec.Owner.PodCreated.After(mine.PodCreated):
+		return Owner{}, fmt.Errorf("%w: key %s belongs to a newer Pod of this name, UID %s", ErrSuperseded, p.ledger, rec.Owner.PodUID)
+	case r.s.held[p.ledger]:
+		return Owner{}, fmt.Errorf("%w: key %s was taken over by agent %s of Pod UID %s", ErrSuperseded, p.ledger, rec.Owner.Agent, rec.Owner.PodUID)
+	case rec.Owner.PodUID == mine.PodUID:
+		for _, key := range rec.Keys {
+			if _, ok := r.s.known[key]; !ok {
+				r.s.known[key] = known{}
+				r.s.stale = true
+			}
+		}
+	}
+	return rec.Owner, nil
+}
+
+// diff is the transaction that turns what is known into what is wanted.
+func (r *Registrar) diff(want map[string]*string) (ifs []clientv3.Cmp, then []clientv3.Op) {
+	for _, key := range slices.Sorted(maps.Keys(want)) {
+		value, kn := want[key], r.s.known[key]
+		ifs = append(ifs, clientv3.Compare(clientv3.ModRevision(key), "=", kn.rev))
+		switch {
+		case value == nil:
+			then = append(then, clientv3.OpDelete(key))
+		case kn.rev == 0 || kn.value != *value || kn.lease != r.s.lease:
+			then = append(then, clientv3.OpPut(key, *value, clientv3.WithLease(r.s.lease)))
+		}
+	}
+	return ifs, then
+}
+
+func gets(keys []string) []clientv3.Op {
+	ops := make([]clientv3.Op, len(keys))
+	for i, k := range keys {
+		ops[i] = clientv3.OpGet(k)
+	}
+	return ops
+}
+
+// learn takes over what gets answered.
+func (r *Registrar) learn(responses []*etcdserverpb.ResponseOp, keys []string) {
+	r.s.known = make(map[string]known, len(keys))
+	for i, resp := range responses {
+		kn := known{}
+		if kvs := resp.GetResponseRange().Kvs; len(kvs) > 0 {
+			kn = known{kvs[0].ModRevision, string(kvs[0].Value), clientv3.LeaseID(kvs[0].Lease)}
+		}
+		r.s.known[keys[i]] = kn
+	}
+}
+
+func isLedger(key string) bool { return strings.HasPrefix(key, Root) }
+
+func leaseText(l clientv3.LeaseID) string {
+	if l == 0 {
+		return "no lease"
+	}
+	return "lease " + LeaseID(l).String()
+}

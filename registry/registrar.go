@@ -1,0 +1,437 @@
+package registry
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"maps"
+	mrand "math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry/format"
+)
+
+const (
+	// DefaultTTL is the lease's: how long a record outlives an agent that was killed.
+	DefaultTTL = 15 * time.Second
+	// MinTTL leaves the client, which renews at a third of the TTL, time for one renewal that fails.
+	MinTTL = 3 * time.Second
+
+	requestTimeout = 5 * time.Second
+	revokeTimeout  = 2 * time.Second
+	firstBackoff   = 50 * time.Millisecond
+	maxBackoff     = 5 * time.Second
+	// lostLeaseSpread spreads the return of agents that all lost their leases in one etcd outage.
+	lostLeaseSpread = time.Second
+	// verifyEvery bounds how long a change goes unseen that the watch missed.
+	verifyEvery = time.Minute
+)
+
+// Config is what a Registrar needs.
+type Config struct {
+	Cluster, Namespace, Pod, PodUID string
+	// Dial connects to etcd. It is called again after it failed.
+	Dial func() (*clientv3.Client, error)
+	// Formats are the consumer records of each Service.
+	Formats map[string][]NamedFormat
+	// TTL of the lease in whole seconds; 0 means DefaultTTL.
+	TTL time.Duration
+	// OnChange is called from the registrar's goroutine whenever the status changes; it must not block.
+	OnChange func(lifecycle.RegistryStatus)
+	Logger   *zap.Logger
+}
+
+// NamedFormat is a format and what it is called in the ledger.
+type NamedFormat struct {
+	Name string
+	format.Format
+}
+
+// Counters are running totals since the agent's start.
+type Counters struct {
+	Transactions, Failures, Conflicts, LeasesGranted, LeasesLost atomic.Int64
+}
+
+// ErrSuperseded says that another agent owns the ledger record: a newer Pod of the same name, or another agent process
+// of this Pod.
+var ErrSuperseded = errors.New("superseded")
+
+// ErrForeign says that a key is taken by a value that is not Usher's to change.
+var ErrForeign = errors.New("not ours")
+
+// Registrar keeps the records of one instance in etcd. It satisfies lifecycle.Registrar.
+type Registrar struct {
+	cfg      Config
+	log      *zap.Logger
+	agent    string // this process, in Owner.Agent
+	Counters Counters
+
+	mu      sync.Mutex
+	desired *lifecycle.Desired
+	gen     uint64        // of desired
+	applied uint64        // generation that etcd was last seen to match
+	lastErr error         // of the last attempt
+	changed chan struct{} // closed and replaced at each change of these
+
+	wake chan struct{} // Set was called
+	s    session       // of Run's goroutine only
+}
+
+// session is what Run's goroutine knows of etcd.
+type session struct {
+	cli       *clientv3.Client
+	live      context.Context // ends with Run, later than the context Run was given
+	lease     clientv3.LeaseID
+	leases    map[clientv3.LeaseID]bool // all that this process was granted
+	lost      chan struct{}             // closed when the lease is lost; nil without one
+	stopLease context.CancelFunc
+
+	known    map[string]known // keys as last seen; one that is missing is taken for absent, and the transaction proves it
+	stale    bool             // known is to be read anew before it is relied on
+	held     map[string]bool  // ledger keys that this process has owned
+	revision int64            // of the last transaction
+
+	stopWatch context.CancelFunc
+	watched   []string
+	events    chan int64 // mod revision of a change seen on a watched key; 0: the watch itself broke
+
+	status lifecycle.RegistryStatus
+}
+
+type known struct {
+	rev   int64 // mod revision; 0: absent
+	value string
+	lease clientv3.LeaseID
+}
+
+// New validates cfg.
+func New(cfg Config) (*Registrar, error) {
+	for _, f := range []struct{ name, value string }{
+		{"cluster", cfg.Cluster}, {"namespace", cfg.Namespace}, {"pod", cfg.Pod}, {"pod UID", cfg.PodUID},
+	} {
+		if err := checkSegment(f.name, f.value); err != nil {
+			return nil, err
+		}
+	}
+	for service := range cfg.Formats {
+		if err := checkSegment("service", service); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.TTL == 0 {
+		cfg.TTL = DefaultTTL
+	}
+	if cfg.TTL < MinTTL || cfg.TTL%time.Second != 0 {
+		return nil, fmt.Errorf("lease TTL %s: want whole seconds, at least %s", cfg.TTL, MinTTL)
+	}
+	if cfg.Dial == nil {
+		return nil, errors.New("no way to dial etcd")
+	}
+	if err := checkOverlap(cfg.Formats); err != nil {
+		return nil, err
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	if cfg.OnChange == nil {
+		cfg.OnChange = func(lifecycle.RegistryStatus) {}
+	}
+	return &Registrar{
+		cfg: cfg, log: cfg.Logger, agent: rand.Text(),
+		changed: make(chan struct{}),
+		wake:    make(chan struct{}, 1),
+		s: session{
+			leases: map[clientv3.LeaseID]bool{},
+			known:  map[string]known{},
+			held:   map[string]bool{},
+			events: make(chan int64, 16),
+		},
+	}, nil
+}
+
+func checkSegment(field, value string) error {
+	if value == "" {
+		return fmt.Errorf("%s: empty, and it is part of every key", field)
+	}
+	for _, r := range value {
+		if r == '/' || r <= ' ' || r == 0x7f || r == '\ufffd' {
+			return fmt.Errorf("%s %q: want no slash, space or control character, as it is one segment of a key", field, value)
+		}
+	}
+	return nil
+}
+
+// checkOverlap refuses a format whose readers would take another one's records for their own.
+func checkOverlap(formats map[string][]NamedFormat) error {
+	seen := map[string]string{}
+	for service, fs := range formats {
+		for _, f := range fs {
+			p := f.Prefix()
+			for q, other := range seen {
+				if len(p) >= len(q) && p[:len(q)] == q || len(q) >= len(p) && q[:len(p)] == p {
+					return fmt.Errorf("service %s: format %s writes under %q, which overlaps %q of service %s: readers of the shorter one would read both", service, f.Name, p, q, other)
+				}
+			}
+			seen[p] = service
+		}
+	}
+	return nil
+}
+
+// Set replaces what is desired. It never blocks.
+func (r *Registrar) Set(d lifecycle.Desired) {
+	r.mu.Lock()
+	r.desired, r.gen = &d, r.gen+1
+	r.broadcast()
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Sync waits until etcd matches what was last set. When ctx ends first, the error is what kept it, or ctx's.
+func (r *Registrar) Sync(ctx context.Context) error {
+	r.mu.Lock()
+	want := r.gen
+	for {
+		if r.applied >= want {
+			r.mu.Unlock()
+			return nil
+		}
+		changed, last := r.changed, r.lastErr
+		r.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if last != nil {
+				return last
+			}
+			return fmt.Errorf("etcd has not answered: %w", context.Cause(ctx))
+		}
+		r.mu.Lock()
+	}
+}
+
+func (r *Registrar) broadcast() {
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// Run keeps etcd as desired until ctx ends, then revokes the lease and with it whatever is left.
+func (r *Registrar) Run(ctx context.Context) error {
+	live, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	r.s.live = live
+	verify := time.NewTicker(verifyEvery + mrand.N(verifyEvery/10))
+	defer verify.Stop()
+	retry := time.NewTimer(time.Hour)
+	retry.Stop()
+	backoff := firstBackoff
+	again := func() {
+		retry.Reset(backoff/2 + mrand.N(backoff))
+		backoff = min(2*backoff, maxBackoff)
+	}
+
+	for {
+		select {
+		case <-ctx.Done():
+			r.end()
+			return nil
+		case <-r.wake:
+			backoff = firstBackoff
+		case <-r.s.lost:
+			r.loseLease()
+			retry.Reset(mrand.N(lostLeaseSpread))
+			continue
+		case rev := <-r.s.events:
+			if rev == 0 {
+				r.unwatch()
+				r.s.stale = true
+				again()
+				continue
+			}
+			if rev <= r.s.revision {
+				continue // our own writing
+			}
+			r.s.stale = true
+		case <-verify.C:
+			r.s.stale = true
+		case <-retry.C:
+			r.s.stale = true
+		}
+		retry.Stop()
+		if r.converge() {
+			backoff = firstBackoff
+		} else {
+			r.Counters.Failures.Add(1)
+			again()
+		}
+	}
+}
+
+// end revokes the lease, best effort: what is left goes with it now instead of a TTL later.
+func (r *Registrar) end() {
+	r.unwatch()
+	if r.s.cli == nil {
+		return
+	}
+	if lease := r.s.lease; lease != 0 {
+		ctx, cancel := context.WithTimeout(r.s.live, revokeTimeout)
+		defer cancel()
+		r.forgetLease()
+		if _, err := r.s.cli.Revoke(ctx, lease); err != nil {
+			r.log.Warn("lease not revoked, it ends by itself", zap.Stringer("lease", LeaseID(lease)), zap.Duration("ttl", r.cfg.TTL), zap.Error(err))
+		}
+	}
+	r.s.cli.Close()
+}
+
+// converge makes etcd match what is desired, once, and says whether it does.
+func (r *Registrar) converge() bool {
+	r.mu.Lock()
+	d, gen := r.desired, r.gen
+	r.mu.Unlock()
+	if d == nil {
+		return true
+	}
+	problem, err := r.apply(*d)
+	now := errors.Join(problem, err)
+
+	r.mu.Lock()
+	before := r.lastErr
+	r.lastErr = now
+	if err == nil {
+		r.applied = gen // a problem is nothing that waiting would mend
+	}
+	r.broadcast()
+	r.mu.Unlock()
+
+	switch {
+	case now == nil && before != nil:
+		r.log.Info("registry as desired again", zap.Stringer("state", d.State))
+	case now == nil || before != nil && before.Error() == now.Error():
+	case err != nil:
+		r.log.Warn("registry not as desired, retrying", zap.Stringer("state", d.State), zap.Error(err))
+	default:
+		r.Counters.Conflicts.Add(1)
+		r.log.Error("registry left alone", zap.Error(problem))
+	}
+	r.publish(now)
+	return now == nil
+}
+
+// publish hands out the status, if it is another than before.
+func (r *Registrar) publish(err error) {
+	st := lifecycle.RegistryStatus{InSync: err == nil, Updated: time.Now()}
+	if r.s.lease != 0 {
+		st.Lease = LeaseID(r.s.lease).String()
+	}
+	for _, k := range slices.Sorted(maps.Keys(r.s.known)) {
+		if kn := r.s.known[k]; kn.rev != 0 && kn.lease != 0 && kn.lease == r.s.lease {
+			st.Keys = append(st.Keys, k)
+			st.Advertised = st.Advertised || !isLedger(k)
+		}
+	}
+	if err != nil {
+		st.Err = err.Error()
+	}
+	old := r.s.status
+	if old.InSync == st.InSync && old.Lease == st.Lease && old.Err == st.Err && slices.Equal(old.Keys, st.Keys) && !old.Updated.IsZero() {
+		return
+	}
+	r.s.status = st
+	r.cfg.OnChange(st)
+}
+
+// grant gets a lease and keeps it alive.
+func (r *Registrar) grant() error {
+	ctx, cancel := context.WithTimeout(r.s.live, requestTimeout)
+	defer cancel()
+	resp, err := r.s.cli.Grant(ctx, int64(r.cfg.TTL/time.Second))
+	if err != nil {
+		return fmt.Errorf("getting a lease: %w", err)
+	}
+	keep, stop := context.WithCancel(r.s.live)
+	alive, err := r.s.cli.KeepAlive(keep, resp.ID)
+	if err != nil {
+		stop()
+		return fmt.Errorf("keeping the lease: %w", err)
+	}
+	lost := make(chan struct{})
+	go func() {
+		for range alive { // it ends when the lease does, by the server's word or by the client's own clock
+		}
+		close(lost)
+	}()
+	r.s.lease, r.s.lost, r.s.stopLease = resp.ID, lost, stop
+	r.s.leases[resp.ID] = true
+	r.Counters.LeasesGranted.Add(1)
+	r.log.Debug("lease granted", zap.Stringer("lease", LeaseID(resp.ID)), zap.Duration("ttl", r.cfg.TTL))
+	return nil
+}
+
+func (r *Registrar) forgetLease() {
+	if r.s.stopLease != nil {
+		r.s.stopLease()
+	}
+	r.s.lease, r.s.lost, r.s.stopLease = 0, nil, nil
+}
+
+func (r *Registrar) loseLease() {
+	r.log.Warn("lease lost, registering anew", zap.Stringer("lease", LeaseID(r.s.lease)))
+	r.Counters.LeasesLost.Add(1)
+	r.forgetLease()
+	r.s.stale = true
+	r.mu.Lock()
+	r.lastErr = errors.New("the lease was lost")
+	r.broadcast()
+	err := r.lastErr
+	r.mu.Unlock()
+	r.publish(err)
+}
+
+// rewatch watches exactly keys, so that what others do to them is seen at once.
+func (r *Registrar) rewatch(keys []string) {
+	if r.s.stopWatch != nil && slices.Equal(keys, r.s.watched) {
+		return
+	}
+	r.unwatch()
+	ctx, stop := context.WithCancel(r.s.live)
+	r.s.stopWatch, r.s.watched = stop, keys
+	cli, from, events := r.s.cli, r.s.revision+1, r.s.events
+	for _, key := range keys {
+		go func() {
+			tell := func(rev int64) {
+				select {
+				case events <- rev:
+				case <-ctx.Done():
+				}
+			}
+			for resp := range cli.Watch(ctx, key, clientv3.WithRev(from)) {
+				if resp.Err() != nil {
+					break
+				}
+				for _, ev := range resp.Events {
+					tell(ev.Kv.ModRevision)
+				}
+			}
+			tell(0)
+		}()
+	}
+}
+
+func (r *Registrar) unwatch() {
+	if r.s.stopWatch != nil {
+		r.s.stopWatch()
+	}
+	r.s.stopWatch, r.s.watched = nil, nil
+}
