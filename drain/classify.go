@@ -1,0 +1,203 @@
+package drain
+
+import "time"
+
+// TCP states as the kernel numbers them (net/tcp_states.h).
+const (
+	stateEstablished = 1
+	stateSynRecv     = 3
+	stateFinWait1    = 4
+	stateFinWait2    = 5
+	stateCloseWait   = 8
+	stateLastAck     = 9
+	stateClosing     = 11
+)
+
+// socket is what the kernel tells about one server-side TCP socket.
+type socket struct {
+	cookie   uint64 // the kernel's identity of a socket, never used twice
+	port     uint16
+	state    uint8
+	accepted bool   // the application has taken it from the accept queue
+	unread   uint32 // idiag_rqueue: bytes received that the application has not read, a FIN counting as one
+	unsent   uint32 // idiag_wqueue: bytes written that the peer has not acknowledged, a FIN counting as one
+	info     bool   // the fields below are known; they are not for SYN_RECV and orphans
+
+	inNetwork   uint32 // tcpi_unacked: segments sent and not acknowledged
+	sentAge     time.Duration
+	receivedAge time.Duration
+	ackAge      time.Duration
+	retransmits uint32
+	received    uint64 // bytes, a FIN counting as one
+	segsIn      uint32 // segments with data
+	segsOut     uint32
+}
+
+type class uint8
+
+const (
+	idle class = iota
+	unsure
+	owed
+)
+
+// ackAfter bounds what an acknowledgement that came after a tie can prove; see classify. At least: the kernel notes the
+// arrival of a segment's data and of its acknowledgement one after the other, and a tick of its clock (10 ms at the
+// slowest HZ=100) may fall between; a Linux client's delayed acknowledgement takes 40 ms (TCP_DELACK_MIN). At most: an
+// answer to a keep-alive probe of the server is an acknowledgement too, and probes come 1 s after silence at the
+// earliest (TCP_KEEPIDLE is in seconds).
+const (
+	ackAfterMin = 20 * time.Millisecond
+	ackAfterMax = 900 * time.Millisecond
+)
+
+// classify tells whether the application owes an answer on s. known is what earlier samples found, nil when there were
+// none; it must not be of an older state of affairs than the last sample.
+//
+// The rule for HTTP/1.1 and all that takes turns like it: who received last owes an answer, who sent last does not. The
+// kernel stamps both in ticks (4 ms at HZ=250). A client that asks again as soon as it has its answer makes both stamps
+// equal, and so does an answer given within a tick: a tie. What settles ties, in this order:
+//   - nothing moved since the connection was known to be idle;
+//   - an acknowledgement that arrived well after the tie: the peer acknowledges data only, and it had acknowledged all
+//     that came before its last request with that request, so this one is for an answer. A client that waits for an
+//     answer sends nothing. Delayed acknowledgements make this the usual sight on idle connections;
+//   - segment counts, where earlier samples found this connection to exchange one data segment for one: one in more than
+//     out is a request without its answer. The reverse proves nothing: one answer of two segments evens it out;
+//   - nothing: unsure, and for the caller's patience to decide.
+//
+// The kernel clears neither stamp for retransmissions, so those make the evidence void.
+func classify(s *socket, known *connection) class {
+	unread, unsent := s.unread, s.unsent
+	switch s.state {
+	case stateSynRecv:
+		return unsure
+	case stateFinWait1, stateClosing, stateLastAck:
+		// The application has closed: what is left is the kernel's delivery, and then its FIN.
+		if unsent > 1 {
+			return owed
+		}
+		return idle
+	case stateFinWait2:
+		return idle
+	case stateCloseWait:
+		if unread > 0 {
+			unread--
+		}
+	}
+	if unread > 0 || unsent > 0 {
+		return owed
+	}
+	if !s.info {
+		return unsure
+	}
+	received := s.received
+	if s.state == stateCloseWait && received > 0 {
+		received--
+	}
+	switch {
+	case s.inNetwork > 0:
+		return owed
+	case received == 0:
+		// A client that has connected and waits for the application to take it is about to ask.
+		if !s.accepted && s.state == stateEstablished {
+			return owed
+		}
+		return idle
+	case s.segsOut == 0 || s.receivedAge < s.sentAge:
+		return owed
+	case s.receivedAge > s.sentAge:
+		return idle
+	}
+	if known != nil && known.class == idle && !known.moved(s) {
+		return idle
+	}
+	if s.retransmits == 0 {
+		if after := s.receivedAge - s.ackAge; s.state == stateEstablished && after >= ackAfterMin && after <= ackAfterMax {
+			return idle
+		}
+		if known != nil && known.paired && s.segsIn-s.segsOut == known.surplus+1 {
+			return owed
+		}
+	}
+	return unsure
+}
+
+// connection is what is remembered about a socket from one sample to the next.
+type connection struct {
+	class               class
+	quiet               bool // nothing unread, unsent or unacknowledged
+	firstSeen, lastSeen time.Time
+	round               uint64 // the sample that saw it last
+
+	segsIn, segsOut      uint32
+	received             uint64
+	sentAge, receivedAge time.Duration
+
+	// surplus is segsIn minus segsOut with nothing owed (a handshake may leave some) and base segsIn when that was learnt. paired:
+	// a later sample found one segment out for every one in since.
+	surplus, base uint32
+	based, paired bool
+
+	// pause is the longest silence after which the current answer went on: it is a stream. 0: none was seen.
+	pause time.Duration
+}
+
+// moved tells whether data came or went since the last sample.
+func (c *connection) moved(s *socket) bool {
+	return c.segsIn != s.segsIn || c.segsOut != s.segsOut || c.received != s.received
+}
+
+// update takes in what a sample found, cl being its class. It returns how long an answer took if one has been given since
+// the last sample, 0 if none was or its length can't be known.
+func (c *connection) update(s *socket, cl class, now time.Time) (took time.Duration) {
+	known := !c.firstSeen.IsZero()
+	if !known {
+		c.firstSeen = now
+	}
+	quiet := s.unread == 0 && s.unsent == 0 && s.inNetwork == 0
+	if s.info && s.state == stateEstablished {
+		elapsed := now.Sub(c.lastSeen)
+		tie := s.receivedAge == s.sentAge
+		asked, answered := c.segsIn != s.segsIn, c.segsOut != s.segsOut
+		switch {
+		case !known:
+		case asked:
+			c.pause = 0
+		case answered && c.class == idle:
+			// Nobody asked, and yet it sends: its answer had not been complete.
+			c.pause = max(c.pause, c.sentAge+elapsed-s.sentAge)
+		}
+		switch {
+		case !answered || c.pause > 0:
+		case known && asked && c.quiet && (c.class == owed || c.class == unsure && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
+			// An exchange since hides when it was answered. It was seen at a random moment, so half of it was over. The
+			// unsure ones count where they exchange segment for segment: a small answer that is not followed by a delayed
+			// acknowledgement was hardly the last thing that happened. Without them, an app whose clients all ask again at
+			// once would teach nothing.
+			took = min(2*c.receivedAge, c.receivedAge+elapsed)
+		case cl == idle && !tie:
+			took = s.receivedAge - s.sentAge
+		}
+		if cl != unsure && quiet && s.received > 0 && (cl == idle || !tie) {
+			c.learnPairs(s, cl)
+		}
+	}
+	c.class, c.quiet, c.lastSeen = cl, quiet, now
+	c.segsIn, c.segsOut, c.received = s.segsIn, s.segsOut, s.received
+	c.sentAge, c.receivedAge = s.sentAge, s.receivedAge
+	return took
+}
+
+// learnPairs compares the segment counts of a connection of which it is certain whether it owes an answer.
+func (c *connection) learnPairs(s *socket, cl class) {
+	surplus := s.segsIn - s.segsOut
+	if cl == owed {
+		surplus--
+	}
+	switch {
+	case c.based && surplus == c.surplus:
+		c.paired = c.paired || s.segsIn != c.base
+	default:
+		c.surplus, c.base, c.based, c.paired = surplus, s.segsIn, true, false
+	}
+}
