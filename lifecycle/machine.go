@@ -1,0 +1,359 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// What begins a shutdown.
+const (
+	CauseHook        = "prestop hook"
+	CauseTerminating = "pod terminating"
+	CauseSignal      = "SIGTERM"
+)
+
+// trailLength bounds the decision trail: the last day of a flapping instance isn't worth the agent's memory.
+const trailLength = 64
+
+var (
+	// ErrBudget says that the settings don't fit the pod's grace period. Run returns it.
+	ErrBudget = errors.New("budget does not fit the pod")
+	// errDeadline ends a drain that is out of time.
+	errDeadline = errors.New("out of time")
+)
+
+// Config is what a Machine needs. Every callback is called from Run's goroutine and must not block.
+type Config struct {
+	Registrar Registrar
+	Drainer   Drainer
+	Budget    Budget
+	// Quiet is the Drainer's quiet period, which the pod's grace has to have room for.
+	Quiet time.Duration
+	// OnTransition is told of every change of state.
+	OnTransition func(Transition)
+	Logger       *zap.Logger
+}
+
+// Transition is one entry of the decision trail: a change of state, or of its cause.
+type Transition struct {
+	Time  time.Time
+	From  State
+	State State
+	Cause string
+	// Verdict is set when State is Released.
+	Verdict *Verdict
+}
+
+// Status is the Machine's account of itself.
+type Status struct {
+	State       State
+	Since       time.Time
+	Cause       string
+	Deadline    time.Time // of the release under way; zero without one
+	Observation Observation
+	Registry    RegistryStatus
+	Verdict     *Verdict // the last shutdown's
+	Trail       []Transition
+}
+
+// Machine is the state machine of one instance.
+type Machine struct {
+	cfg Config
+	log *zap.Logger
+
+	mu      sync.Mutex
+	inbox   inbox
+	status  Status
+	changed chan struct{} // closed and replaced whenever status changes
+	wake    chan struct{}
+
+	// Of Run's goroutine only.
+	ctx          context.Context
+	obs          Observation
+	registry     RegistryStatus
+	state        State
+	cause        string
+	since        time.Time
+	wasOnline    bool
+	final        bool // SIGTERM came: no way back online
+	unadvertised time.Time
+	current      *shutdown // under way, or the last one while it isn't undone
+	desired      Desired
+	verdict      *Verdict
+	trail        []Transition
+}
+
+// inbox is what others have said since Run looked last. Of an observation only the newest counts.
+type inbox struct {
+	observation *Observation
+	registry    *RegistryStatus
+	stops       []stop
+	finished    *Verdict
+}
+
+type stop struct {
+	cause string
+	reply chan<- *shutdown
+}
+
+// shutdown is one end of the instance.
+type shutdown struct {
+	cause    string
+	started  time.Time
+	deadline time.Time // the kubelet's SIGKILL
+	release  time.Time // deadline less the application's reserve
+	timer    *time.Timer
+	begin    func() // started once the registry knows what is wanted; then nil
+	cancel   context.CancelCauseFunc
+	done     chan struct{} // closed when verdict is set
+	verdict  Verdict
+
+	// What tells, after the release, that the instance began a new life: the container restarted.
+	notReadySince bool
+	restarts      int
+}
+
+// New validates cfg.
+func New(cfg Config) (*Machine, error) {
+	if cfg.Registrar == nil || cfg.Drainer == nil {
+		return nil, errors.New("lifecycle: a Registrar and a Drainer are needed")
+	}
+	if err := cfg.Budget.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.OnTransition == nil {
+		cfg.OnTransition = func(Transition) {}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	m := &Machine{cfg: cfg, log: cfg.Logger, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
+	m.since = time.Now()
+	m.cause = "agent started"
+	m.status = Status{Since: m.since, Cause: m.cause}
+	return m, nil
+}
+
+// Observe hands over what Kubernetes says now. It never blocks.
+func (m *Machine) Observe(o Observation) { m.post(func(in *inbox) { in.observation = &o }) }
+
+// RegistryChanged hands over how the registry stands now. It never blocks.
+func (m *Machine) RegistryChanged(s RegistryStatus) { m.post(func(in *inbox) { in.registry = &s }) }
+
+func (m *Machine) post(put func(*inbox)) {
+	m.mu.Lock()
+	put(&m.inbox)
+	m.mu.Unlock()
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Stop begins a shutdown, or joins the one under way or just finished, and waits for its verdict. When ctx ends first
+// only the waiting ends. With CauseSignal there is no way back online.
+func (m *Machine) Stop(ctx context.Context, cause string) (Verdict, error) {
+	reply := make(chan *shutdown, 1)
+	m.post(func(in *inbox) { in.stops = append(in.stops, stop{cause, reply}) })
+	select {
+	case s := <-reply:
+		select {
+		case <-s.done:
+			return s.verdict, nil
+		case <-ctx.Done():
+		}
+	case <-ctx.Done():
+	}
+	return Verdict{}, fmt.Errorf("waiting for the shutdown: %w", context.Cause(ctx))
+}
+
+// Status is the newest account.
+func (m *Machine) Status() Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.status
+}
+
+// Await waits until ok says yes to a status, or ctx ends, and reports which.
+func (m *Machine) Await(ctx context.Context, ok func(Status) bool) bool {
+	for {
+		m.mu.Lock()
+		st, changed := m.status, m.changed
+		m.mu.Unlock()
+		if ok(st) {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// Run is the one goroutine that writes the state. It ends with ctx, or with ErrBudget.
+func (m *Machine) Run(ctx context.Context) error {
+	// A drain that is under way isn't ended by ctx: whoever ends ctx has waited for Stop before.
+	m.ctx = context.WithoutCancel(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.wake:
+		}
+		m.mu.Lock()
+		in := m.inbox
+		m.inbox = inbox{}
+		m.mu.Unlock()
+		if err := m.step(in); err != nil {
+			return err
+		}
+	}
+}
+
+// step takes in what came, and makes of it what should be.
+func (m *Machine) step(in inbox) error {
+	if in.observation != nil {
+		first := !m.obs.Pod.Known && in.observation.Pod.Known
+		m.obs = *in.observation
+		if first {
+			if err := m.cfg.Budget.Fit(m.obs.Pod.Grace, m.cfg.Quiet); err != nil {
+				return fmt.Errorf("%w: %w", ErrBudget, err)
+			}
+		}
+	}
+	if in.registry != nil {
+		m.registryChanged(*in.registry)
+	}
+	if in.finished != nil {
+		in.finished.Deadline = m.current.release
+		m.current.verdict = *in.finished
+		m.verdict = in.finished
+		m.current.end()
+		// Without any news an instance that nobody restarted is to come back when its grace is over.
+		time.AfterFunc(time.Until(m.current.deadline), func() { m.post(func(*inbox) {}) })
+	}
+	for _, s := range in.stops {
+		m.final = m.final || s.cause == CauseSignal
+		if m.current == nil || m.undone() {
+			m.begin(s.cause)
+		}
+		s.reply <- m.current
+	}
+	switch {
+	case m.current == nil:
+		if m.obs.Pod.Terminating {
+			m.begin(CauseTerminating)
+		}
+	case m.undone():
+		m.log.Info("instance is back after its shutdown", zap.String("cause", m.current.cause))
+		m.current = nil
+	case m.obs.Pod.Terminating:
+		m.shorten(m.obs.Pod.Deadline)
+	}
+	m.settle()
+	return nil
+}
+
+// settle decides, and tells the registry and whoever listens.
+func (m *Machine) settle() {
+	cause := ""
+	if m.current != nil {
+		cause = m.current.cause
+	}
+	d := Decide(Inputs{Observation: m.obs, Phase: m.phase(), StopCause: cause, WasOnline: m.wasOnline})
+	if d.State != m.state || d.Cause != m.cause {
+		t := Transition{Time: time.Now(), From: m.state, State: d.State, Cause: d.Cause}
+		if d.State == Released {
+			t.Verdict = m.verdict
+			t.Cause += ": " + m.verdict.Message()
+		}
+		if d.State != m.state {
+			m.since = t.Time
+			m.log.Info("state", zap.Stringer("from", m.state), zap.Stringer("to", d.State), zap.String("cause", t.Cause))
+		}
+		m.state, m.cause = d.State, d.Cause
+		m.wasOnline = m.wasOnline || d.State == Online
+		m.record(t)
+		if t.From != t.State {
+			m.cfg.OnTransition(t)
+		}
+	}
+	want := desire(m.obs, d)
+	want.Since = m.since
+	if d.State == Released || d.State == Stopped {
+		want.Verdict = m.verdict
+	}
+	if len(want.Instances) > 0 && !reflect.DeepEqual(want, m.desired) {
+		if m.desired.Advertised() && !want.Advertised() {
+			m.unadvertised = time.Now()
+		}
+		m.desired = want
+		m.cfg.Registrar.Set(want)
+	}
+	if m.current != nil && m.current.begin != nil {
+		go m.current.begin()
+		m.current.begin = nil
+	}
+	m.publish()
+}
+
+func (m *Machine) phase() Phase {
+	switch {
+	case m.current == nil:
+		return NotStopping
+	case !m.current.finished():
+		return StopUnderWay
+	case m.final:
+		return StopForGood
+	}
+	return StopReleased
+}
+
+// registryChanged keeps the trail and the moment from which consumers learn of a withdrawal.
+func (m *Machine) registryChanged(now RegistryStatus) {
+	was := m.registry
+	m.registry = now
+	t := Transition{Time: now.Updated, From: m.state, State: m.state}
+	switch {
+	case now.Advertised && !was.Advertised:
+		t.Cause = "registered under lease " + now.Lease
+	case was.Advertised && !now.Advertised:
+		t.Cause = "no longer registered"
+		m.unadvertised = now.Updated
+	case now.Err != "" && now.Err != was.Err:
+		t.Cause = "registry: " + now.Err
+	default:
+		return
+	}
+	m.record(t)
+}
+
+func (m *Machine) record(t Transition) {
+	if len(m.trail) == trailLength {
+		m.trail = m.trail[1:]
+	}
+	m.trail = append(m.trail, t)
+}
+
+func (m *Machine) publish() {
+	st := Status{
+		State: m.state, Since: m.since, Cause: m.cause, Observation: m.obs, Registry: m.registry, Verdict: m.verdict,
+		Trail: slices.Clone(m.trail),
+	}
+	if m.current != nil && !m.current.finished() {
+		st.Deadline = m.current.release
+	}
+	m.mu.Lock()
+	m.status = st
+	close(m.changed)
+	m.changed = make(chan struct{})
+	m.mu.Unlock()
+}
