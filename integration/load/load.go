@@ -94,7 +94,7 @@ const (
 type Result struct {
 	Protocol Protocol `json:"protocol"`
 	Kind     Kind     `json:"kind"`
-	// Instance is the address that the request was sent to; empty when there was none or the connection never stood.
+	// Instance is the address that the request was for; empty when there was none, or when gRPC found no connection.
 	Instance string `json:"instance,omitempty"`
 	// Pod is the name that the answer gave; empty when there was no answer.
 	Pod string `json:"pod,omitempty"`
@@ -166,7 +166,7 @@ func New(cfg Config) (*Generator, error) {
 	}
 	mix, total, err := checkMix(cfg.Mix, cfg.Timeout)
 	if err != nil {
-		return nil, fmt.Errorf("load: %w", err)
+		return nil, fmt.Errorf("load: Mix: %w", err)
 	}
 	cfg.Mix = mix
 	if cfg.Logger == nil {

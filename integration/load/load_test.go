@@ -184,12 +184,12 @@ func TestRunWaitsForTheFirstInstance(t *testing.T) {
 	g := start(t, Config{HTTPTarget: r.http, GRPCTarget: r.grpc, Rate: 50, Mix: []Share{{Kind: Fast, Weight: 1}}})
 	// The HTTP target alone is not enough.
 	r.put(r.http, a.pod, a.http)
-	time.AfterFunc(300*time.Millisecond, func() {
-		if s := g.Snapshot(); s.Sent > 0 {
-			t.Errorf("%d requests were sent while a target had no instance", s.Sent)
+	for end := time.Now().Add(200 * time.Millisecond); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if s := g.Snapshot(); s.Sent > 0 || !s.Started.IsZero() {
+			t.Fatalf("%d requests were sent while a target had no instance", s.Sent)
 		}
-		r.put(r.grpc, a.pod, a.grpc)
-	})
+	}
+	r.put(r.grpc, a.pod, a.grpc)
 	eventually(t, "a answers", func() bool { return g.Snapshot().Answered > 5 })
 	if report := g.stop(); report.Failed > 0 {
 		t.Errorf("failures without a cause:\n%s", report)

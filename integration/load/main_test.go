@@ -62,7 +62,7 @@ func startEtcd(dir string) (*embed.Etcd, error) {
 	for range 5 {
 		cfg := embed.NewConfig()
 		cfg.Dir = dir
-		cfg.LogLevel = "error"
+		cfg.LogLevel = "fatal"
 		cfg.UnsafeNoFsync = true
 		client, peer := freeURL(), freeURL()
 		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
@@ -110,7 +110,14 @@ func newRegistry(t *testing.T) *registry {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cli.Close() })
+	t.Cleanup(func() {
+		defer cli.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if _, err := cli.Delete(ctx, "test/"+t.Name()+"/", clientv3.WithPrefix()); err != nil {
+			t.Error(err)
+		}
+	})
 	return &registry{t: t, cli: cli, http: "test/" + t.Name() + "/http", grpc: "test/" + t.Name() + "/grpc"}
 }
 

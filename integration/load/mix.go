@@ -79,22 +79,22 @@ func checkMix(mix []Share, timeout time.Duration) (filled []Share, total int, er
 		}
 		switch {
 		case !known:
-			return nil, 0, fmt.Errorf("Mix: kind %q is unknown: give fast, slow, very-slow or stream", s.Kind)
+			return nil, 0, fmt.Errorf("kind %q is unknown: give fast, slow, very-slow or stream", s.Kind)
 		case seen[s.Kind]:
-			return nil, 0, fmt.Errorf("Mix: kind %q is given twice", s.Kind)
+			return nil, 0, fmt.Errorf("kind %q is given twice", s.Kind)
 		case s.Weight < 0 || s.Weight > 1_000_000:
-			return nil, 0, fmt.Errorf("Mix: the weight of %s is %d: give 0 to 1000000", s.Kind, s.Weight)
+			return nil, 0, fmt.Errorf("the weight of %s is %d: give 0 to 1000000", s.Kind, s.Weight)
 		case s.For < 0:
-			return nil, 0, fmt.Errorf("Mix: %s for %v: give a positive duration", s.Kind, s.For)
+			return nil, 0, fmt.Errorf("%s for %v: give a positive duration", s.Kind, s.For)
 		case s.Weight > 0 && s.For >= timeout:
-			return nil, 0, fmt.Errorf("Mix: %s takes %v, and Timeout is %v: every one would fail; give a longer Timeout", s.Kind, s.For, timeout)
+			return nil, 0, fmt.Errorf("%s takes %v, and Timeout is %v: every one would fail; give a longer Timeout", s.Kind, s.For, timeout)
 		}
 		seen[s.Kind] = true
 		total += s.Weight
 		filled = append(filled, s)
 	}
 	if total == 0 {
-		return nil, 0, errors.New("Mix: the weights add up to 0: nothing would be sent")
+		return nil, 0, errors.New("the weights add up to 0: nothing would be sent")
 	}
 	return filled, total, nil
 }
