@@ -3,7 +3,6 @@ package cluster
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -24,13 +23,13 @@ type Binaries struct {
 	EtcdVersion       string // as pins/etcd/go.mod requires it
 }
 
-// program is one binary: its name, the pin module that builds it and the package in it.
-type program struct {
+// target is one binary: its name, the pin module that builds it and the package in it.
+type target struct {
 	name, pin, pkg string
 }
 
-func programs() []program {
-	return []program{
+func targets() []target {
+	return []target{
 		{"etcd", "etcd", "go.etcd.io/etcd/server/v3"},
 		{"etcdctl", "etcd", "go.etcd.io/etcd/etcdctl/v3"},
 		{"kubectl", "kubernetes", "k8s.io/kubernetes/cmd/kubectl"},
@@ -84,7 +83,7 @@ func Build(ctx context.Context, progress io.Writer) (*Binaries, error) {
 	}
 	defer unlock()
 
-	all := programs()
+	all := targets()
 	for i, p := range all {
 		if _, err := os.Stat(filepath.Join(b.Dir, p.name)); err == nil {
 			continue
@@ -98,7 +97,7 @@ func Build(ctx context.Context, progress io.Writer) (*Binaries, error) {
 }
 
 func (b *Binaries) complete() bool {
-	for _, p := range programs() {
+	for _, p := range targets() {
 		if _, err := os.Stat(filepath.Join(b.Dir, p.name)); err != nil {
 			return false
 		}
@@ -106,7 +105,7 @@ func (b *Binaries) complete() bool {
 	return true
 }
 
-func (b *Binaries) build(ctx context.Context, p program, pins, what string, progress io.Writer) error {
+func (b *Binaries) build(ctx context.Context, p target, pins, what string, progress io.Writer) error {
 	fmt.Fprintln(progress, what)
 	begun := time.Now()
 	done := make(chan struct{})
@@ -175,13 +174,13 @@ func requiredVersion(goMod []byte, module string) (string, error) {
 
 // run executes a command to its end with extra variables in its environment, and returns what it printed.
 func run(ctx context.Context, env []string, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
+	cmd := exec.CommandContext(ctx, program(name), args...)
 	cmd.Env = append(os.Environ(), env...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := cmd.Run()
 	if err != nil && ctx.Err() != nil {
-		err = errors.Join(err, context.Cause(ctx))
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
 	}
 	return out.String(), err
 }

@@ -23,6 +23,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -144,13 +145,18 @@ func makeRoom(ctx context.Context, dir string, progress io.Writer) error {
 		return fmt.Errorf("looking for another cluster: %w", err)
 	}
 	// The machine's record is lost with a restart, a folder isn't.
-	for _, d := range []string{former, dir} {
+	for _, d := range slices.Compact([]string{former, dir}) {
 		if d == "" {
 			continue
 		}
 		s, err := readState(d)
-		if errors.Is(err, fs.ErrNotExist) {
+		gone := errors.Is(err, fs.ErrNotExist)
+		if gone && d != former {
 			continue
+		}
+		if gone {
+			// Somebody removed the folder. Its daemons are found all the same.
+			s, err = &state{}, nil
 		}
 		if err != nil {
 			return fmt.Errorf("looking for another cluster: %w", err)
@@ -167,27 +173,22 @@ func makeRoom(ctx context.Context, dir string, progress io.Writer) error {
 		if err := sweep(ctx, d, s); err != nil {
 			return fmt.Errorf("removing what an earlier cluster left: %w", err)
 		}
+		if gone {
+			continue
+		}
 		if err := os.RemoveAll(d); err != nil {
 			return fmt.Errorf("removing what an earlier cluster left: %w", err)
 		}
 	}
-	return nil
+	return claim("")
 }
 
-// checkDir refuses a folder that has somebody's files, or that another user could meddle with.
+// checkDir refuses a folder that has somebody's files.
 func checkDir(dir string) error {
-	info, err := os.Lstat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
+	if err := checkOwner(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("the cluster's folder: %w", err)
-	}
-	if !info.IsDir() {
-		return fmt.Errorf("the cluster's folder %s is no folder", dir)
-	}
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Uid != 0 {
-		return fmt.Errorf("the cluster's folder %s belongs to user %d: want root", dir, stat.Uid)
+	} else if err != nil {
+		return err
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -231,16 +232,16 @@ func (c *Cluster) prepare(cfg Config, binaries *Binaries) error {
 	if s.Snapshotter, err = snapshotter(c.dir); err != nil {
 		return err
 	}
-	for _, sub := range []string{"logs", "pki", "kubelet", "containerd"} {
-		if err := os.MkdirAll(c.path(sub), 0o755); err != nil {
-			return fmt.Errorf("making the cluster's folder: %w", err)
-		}
-	}
 	if err := claim(c.dir); err != nil {
 		return fmt.Errorf("recording the cluster: %w", err)
 	}
 	if err := s.write(c.dir); err != nil {
 		return fmt.Errorf("recording the cluster: %w", err)
+	}
+	for _, sub := range []string{"logs", "pki", "kubelet", "containerd"} {
+		if err := os.MkdirAll(c.path(sub), 0o755); err != nil {
+			return fmt.Errorf("making the cluster's folder: %w", err)
+		}
 	}
 	return nil
 }
@@ -343,7 +344,7 @@ func (c *Cluster) usable(ctx context.Context) error {
 	return nil
 }
 
-// parallel runs functions side by side. The first failure cancels the others; all failures that are not due to that are returned.
+// parallel runs functions side by side and returns the first failure, which cancels the others.
 func parallel(ctx context.Context, functions ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -484,4 +485,3 @@ func (c *Cluster) Kubectl() string { return c.Binary("kubectl") }
 
 // Binary is the path of one of the built programs: a component's, kubectl, etcd or etcdctl.
 func (c *Cluster) Binary(name string) string { return filepath.Join(c.state.Binaries.Dir, name) }
-

@@ -64,7 +64,8 @@ func (c *Cluster) command(name string) ([]string, error) {
 	}
 	switch name {
 	case Etcd:
-		return etcd(Etcd, "127.0.0.1", true), nil
+		// Alone it waits for one election timeout before it serves, by default a second.
+		return append(etcd(Etcd, "127.0.0.1", true), "--heartbeat-interval=20", "--election-timeout=200"), nil
 	case Registry:
 		return etcd(Registry, net.nodeIP, s.RegistryNoFsync), nil
 	case Containerd:
@@ -96,6 +97,8 @@ func (c *Cluster) command(name string) ([]string, error) {
 			"--service-account-private-key-file", c.path("pki/service-accounts.key"),
 			"--root-ca-file", c.path("pki/ca.crt"),
 			"--use-service-account-credentials", "--leader-elect=false", "--profiling=false",
+			// At the default of 20 a second, its some forty controllers spend five seconds just on getting their tokens.
+			"--kube-api-qps=200", "--kube-api-burst=400",
 		}, nil
 	case Scheduler:
 		return []string{
@@ -183,6 +186,9 @@ tlsPrivateKeyFile: %q
 containerRuntimeEndpoint: %q
 podLogsDir: %q
 volumePluginDir: %q
+# No name can be resolved in pods, and each attempt fails at once. Without an address here each pod would get a warning.
+clusterDNS: [127.0.0.1]
+clusterDomain: cluster.local
 resolvConf: %q
 # Works on cgroup v1 and v2, and where the kubelet may not manage the root.
 failCgroupV1: false
@@ -201,8 +207,7 @@ maxPods: 200
 			c.path("pki/kubelet-server.key"), "unix://"+c.path("containerd.sock"), c.path("pod-logs"),
 			c.path("kubelet/volume-plugins"), c.path("resolv.conf"))},
 
-		// No name can be resolved in pods, and each attempt fails at once.
-		{"resolv.conf", "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"},
+		{"resolv.conf", "nameserver 127.0.0.1\n"},
 
 		{"kube-proxy.yaml", fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration

@@ -31,7 +31,7 @@ func (c *Cluster) spawn(name string) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(command[0], command[1:]...)
+	cmd := exec.Command(program(command[0]), command[1:]...)
 	cmd.Dir = c.dir
 	// No proxy settings and the like: the components talk to one another only. containerd looks for its shim and runc in PATH.
 	cmd.Env = []string{"HOME=" + c.dir, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}

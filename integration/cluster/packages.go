@@ -31,6 +31,23 @@ func findCNI() (string, error) {
 	return "", fmt.Errorf("no CNI plugins (ptp, host-local, loopback) in any of %s", strings.Join(cniDirs(), ", "))
 }
 
+// program is the path of a program, which is looked for in PATH and in the folders for root's programs, which a PATH
+// may lack. It is the name alone when there is no such program.
+func program(name string) string {
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
+		path := filepath.Join(dir, name)
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	return name
+}
+
+func isProgram(name string) bool { return program(name) != name }
+
 // missingPackages names the Debian packages whose programs this machine lacks.
 func missingPackages() []string {
 	var missing []string
@@ -38,7 +55,7 @@ func missingPackages() []string {
 		{"containerd", "containerd"}, {"containerd-shim-runc-v2", "containerd"}, {"ctr", "containerd"},
 		{"runc", "runc"}, {"nft", "nftables"}, {"ip", "iproute2"}, {"mount", "mount"},
 	} {
-		if _, err := exec.LookPath(need.program); err != nil && !slices.Contains(missing, need.pkg) {
+		if !isProgram(need.program) && !slices.Contains(missing, need.pkg) {
 			missing = append(missing, need.pkg)
 		}
 	}
@@ -55,7 +72,7 @@ func installPackages(ctx context.Context, progress io.Writer) error {
 		return nil
 	}
 	list := strings.Join(missing, " ")
-	if _, err := exec.LookPath("apt-get"); err != nil {
+	if !isProgram("apt-get") {
 		return fmt.Errorf("programs are missing on this machine: install what Debian has in the packages %s", list)
 	}
 	fmt.Fprintln(progress, "installing the packages", list)

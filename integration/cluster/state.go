@@ -78,7 +78,11 @@ func parseStat(text string) (start uint64, status string, err error) {
 	return start, fields[0], err
 }
 
+// readState returns an error that is fs.ErrNotExist if dir isn't a cluster's folder.
 func readState(dir string) (*state, error) {
+	if err := checkOwner(dir); err != nil {
+		return nil, err
+	}
 	text, err := os.ReadFile(filepath.Join(dir, stateFile))
 	if err != nil {
 		return nil, err
@@ -88,6 +92,21 @@ func readState(dir string) (*state, error) {
 		return nil, fmt.Errorf("reading %s: %w", filepath.Join(dir, stateFile), err)
 	}
 	return &s, nil
+}
+
+// checkOwner refuses a folder in which another user could have put words into our mouth.
+func checkOwner(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return fmt.Errorf("the cluster's folder: %w", err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("the cluster's folder %s is no folder", dir)
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Uid != 0 {
+		return fmt.Errorf("the cluster's folder %s belongs to user %d: want root", dir, stat.Uid)
+	}
+	return nil
 }
 
 func (s *state) write(dir string) error {
