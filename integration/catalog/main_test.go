@@ -1,0 +1,50 @@
+package catalog_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"usher.dev/usher/integration/catalog/etcdtest"
+	"usher.dev/usher/registry"
+)
+
+// endpoint is the etcd of the examples, which have no test of their own to start one.
+var endpoint string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	for _, name := range []string{"ETCDCTL_ENDPOINTS", "ETCDCTL_CACERT", "ETCDCTL_USER"} {
+		os.Unsetenv(name)
+	}
+	s, err := etcdtest.New()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer s.Close()
+	endpoint = s.Endpoint
+	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer cli.Close()
+	for i, state := range []string{"Online", "Draining"} {
+		r := registry.Record{Owner: registry.Owner{Cluster: "default", PodUID: "u", Agent: "a"}, Namespace: "shop", Service: "checkout",
+			Pod: fmt.Sprintf("checkout-%d", i+1), State: state, Addresses: []string{fmt.Sprintf("10.0.0.%d", i+1)}}
+		value, err := r.Encode()
+		if err == nil {
+			_, err = cli.Put(context.Background(), registry.InstanceKey("default", "shop", "checkout", r.Pod), string(value))
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	return m.Run()
+}
