@@ -51,8 +51,7 @@ const (
 	ackAfterMax = 900 * time.Millisecond
 )
 
-// classify tells whether the application owes an answer on s. known is what earlier samples found, nil when there were
-// none; it must not be of an older state of affairs than the last sample.
+// classify tells whether the application owes an answer on s. known is what earlier samples found, nil when there were none.
 //
 // The rule for HTTP/1.1 and all that takes turns like it: who received last owes an answer, who sent last does not. The
 // kernel stamps both in ticks (4 ms at HZ=250). A client that asks again as soon as it has its answer makes both stamps
@@ -65,7 +64,7 @@ const (
 //     out is a request without its answer. The reverse proves nothing: one answer of two segments evens it out;
 //   - nothing: unsure, and for the caller's patience to decide.
 //
-// The kernel clears neither stamp for retransmissions, so those make the evidence void.
+// A retransmission counts as a segment and is acknowledged anew, so one makes counts and acknowledgements void.
 func classify(s *socket, known *connection) class {
 	unread, unsent := s.unread, s.unsent
 	switch s.state {
@@ -147,8 +146,8 @@ func (c *connection) moved(s *socket) bool {
 	return c.segsIn != s.segsIn || c.segsOut != s.segsOut || c.received != s.received
 }
 
-// update takes in what a sample found, cl being its class. It returns how long an answer took if one has been given since
-// the last sample, 0 if none was or its length can't be known.
+// update takes in what a sample found, cl being its class. It returns how long an answer is seen to take: one that has been
+// given since the last sample, or is owed yet; 0 when there is none or its length can't be known.
 func (c *connection) update(s *socket, cl class, now time.Time) (took time.Duration) {
 	known := !c.firstSeen.IsZero()
 	if !known {
@@ -168,8 +167,11 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 			c.pause = max(c.pause, c.sentAge+elapsed-s.sentAge)
 		}
 		switch {
-		case !answered || c.pause > 0:
-		case known && asked && c.quiet && (c.class == owed || c.class == unsure && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
+		case cl == owed && quiet && !tie:
+			// It takes this long already, and is certain.
+			took = s.receivedAge
+		case !known || !answered || c.pause > 0:
+		case asked && c.quiet && (c.class == owed || c.class == unsure && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
 			// An exchange since hides when it was answered. It was seen at a random moment, so half of it was over. The
 			// unsure ones count where they exchange segment for segment: a small answer that is not followed by a delayed
 			// acknowledgement was hardly the last thing that happened. Without them, an app whose clients all ask again at
