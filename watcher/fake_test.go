@@ -35,19 +35,20 @@ type api struct {
 	addr   string
 	codecs serializer.CodecFactory
 
-	mu        sync.Mutex
-	changed   *sync.Cond
-	version   int
-	compacted int // versions below it are expired
-	history   []change
-	objects   map[string]map[string]runtime.Object // by resource and name
-	forbidden map[string]bool                      // "watch endpointslices"
-	plainList bool                                 // refuses the streaming list
-	ahead     time.Duration                        // of the server's clock
-	open      map[string]int                       // watches under way, by description
-	served    map[string]int                       // requests, by description
-	hold      chan struct{}                        // lists and streaming lists wait until it is closed
-	created   []*corev1.Event
+	mu         sync.Mutex
+	changed    *sync.Cond
+	version    int
+	compacted  int // versions below it are expired
+	history    []change
+	objects    map[string]map[string]runtime.Object // by resource and name
+	forbidden  map[string]bool                      // "watch endpointslices"
+	plainList  bool                                 // refuses the streaming list
+	ahead      time.Duration                        // of the server's clock
+	open       map[string]int                       // watches under way, by description
+	served     map[string]int                       // requests, by description
+	hold       chan struct{}                        // lists and streaming lists wait until it is closed
+	holdCreate bool
+	created    []*corev1.Event
 
 	server *http.Server
 	stop   chan struct{} // closed when the server goes down or connections are cut
@@ -197,7 +198,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	a.served[verb+" "+resource]++
 	forbidden := a.forbidden[verb+" "+resource]
 	noStream := a.plainList && q.Get("sendInitialEvents") != ""
-	hold, stop := a.hold, a.stop
+	hold, stop, holdCreate := a.hold, a.stop, a.holdCreate
 	a.mu.Unlock()
 	gr := schema.GroupResource{Resource: resource}
 	if resource == "endpointslices" {
@@ -211,7 +212,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		a.fail(w, req, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "sendInitialEvents is not supported")
 		return
 	}
-	if hold != nil && (verb == "list" || q.Get("sendInitialEvents") != "") {
+	if hold != nil && (verb == "create" && holdCreate || verb == "list" || q.Get("sendInitialEvents") != "") {
 		select {
 		case <-hold:
 		case <-stop:
