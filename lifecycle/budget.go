@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -32,22 +33,40 @@ func (b Budget) Validate() error {
 		zero  bool
 	}{{"withdraw", b.Withdraw, false}, {"settle", b.Settle, true}, {"reserve", b.Reserve, true}} {
 		if f.value < 0 || f.value == 0 && !f.zero {
-			return fmt.Errorf("%s %s: want a duration above zero, such as 1s", f.name, f.value)
+			want := "a duration above zero, such as 1s"
+			if f.zero {
+				want = "zero or a duration above it, such as 1s"
+			}
+			return fmt.Errorf("%s %s: want %s", f.name, f.value, want)
 		}
 	}
 	return nil
 }
 
 // Fit refuses a budget for which a pod's grace period is too short, and says which number to change. quiet is the
-// shortest drain there is.
+// shortest drain there is; it may overlap the settle time. Withdraw needs no room of its own: it takes milliseconds, and
+// when it takes longer the drain is the shorter for it.
 func (b Budget) Fit(grace, quiet time.Duration) error {
-	least := max(b.Settle, quiet)
-	if room := grace - b.reserve(grace); least > room {
-		return fmt.Errorf("terminationGracePeriodSeconds is %s, of which the application keeps %s, but settle %s and quiet period %s need %s: "+
-			"raise terminationGracePeriodSeconds to at least %d, or lower settle or the quiet period",
-			grace, b.reserve(grace), b.Settle, quiet, least, int64((least*3/2).Seconds())+1)
+	room := grace - b.reserve(grace)
+	var needs, lower []string
+	for _, f := range []struct {
+		name  string
+		value time.Duration
+	}{{"settle", b.Settle}, {"the quiet period", quiet}} {
+		if f.value > room {
+			needs = append(needs, fmt.Sprintf("%s needs %s", f.name, f.value))
+			lower = append(lower, f.name)
+		}
 	}
-	return nil
+	if len(needs) == 0 {
+		return nil
+	}
+	least := max(b.Settle, quiet)
+	least = min(least+b.Reserve, least+(least+1)/2) // so that least fits beside the reserve, or beside a third
+	return fmt.Errorf("terminationGracePeriodSeconds (the pod's, or the shortest of its probes') is %d; less %s that the application keeps, %s are left, but %s: "+
+		"raise terminationGracePeriodSeconds to at least %d, or lower %s to at most %s",
+		int64(grace/time.Second), b.reserve(grace), room, strings.Join(needs, " and "),
+		int64((least+time.Second-1)/time.Second), strings.Join(lower, " and "), room)
 }
 
 func (b Budget) reserve(grace time.Duration) time.Duration { return min(b.Reserve, grace/3) }
