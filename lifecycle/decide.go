@@ -41,10 +41,14 @@ func Decide(in Inputs) Decision {
 		d.State = Released
 		return d
 	case StopForGood:
-		d.State = Stopped
+		d.State, d.Cause = Stopped, CauseSignal
 		return d
 	}
-	if in.Pod.Gone {
+	switch {
+	case !in.Pod.Known: // the registry's fence needs the Pod's creation time
+		d.State, d.Cause = offline(in.WasOnline), "own Pod not seen yet"
+		return d
+	case in.Pod.Gone:
 		d.State, d.Cause = offline(in.WasOnline), "own Pod is gone"
 		return d
 	}
@@ -67,9 +71,6 @@ func Decide(in Inputs) Decision {
 	} else {
 		d.State, d.Cause = offline(in.WasOnline), strings.Join(down, ", ")
 	}
-	if d.Cause == "" {
-		d.Cause = "nothing seen yet"
-	}
 	return d
 }
 
@@ -84,7 +85,7 @@ func offline(wasOnline bool) State {
 func desire(o Observation, d Decision) Desired {
 	want := Desired{State: d.State, Cause: d.Cause, Pod: o.Pod}
 	if !o.Pod.Known {
-		return want // the fence needs the Pod's creation time
+		return want
 	}
 	for i, e := range o.Endpoints {
 		in := Instance{Service: e.Service, Advertise: d.Advertise[i], Addresses: e.Addresses, Ports: e.Ports, Zone: e.Zone}

@@ -41,7 +41,8 @@ func (d Desired) Advertised() bool {
 type Registrar interface {
 	// Set replaces what is desired. It never blocks.
 	Set(Desired)
-	// Sync waits until the registry matches what was last set. When ctx ends first, the error says what kept it.
+	// Sync waits until the registry matches what was last set. When ctx ends first, the error says what kept it; a
+	// registry that matches already is no error, even if ctx has ended.
 	Sync(ctx context.Context) error
 }
 

@@ -13,7 +13,7 @@ const (
 	Drained    Outcome = "drained"    // nothing was in flight for the quiet period
 	TimedOut   Outcome = "timed-out"  // the deadline came first
 	Unmeasured Outcome = "unmeasured" // a source failed, and the floor was waited out instead
-	Skipped    Outcome = "skipped"    // nothing to wait for: never advertised, or no source is configured
+	Skipped    Outcome = "skipped"    // no source is configured: only the settle time was waited out
 )
 
 // DrainResult is what a Drainer found.
