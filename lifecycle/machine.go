@@ -25,9 +25,17 @@ const trailLength = 64
 var (
 	// ErrBudget says that the settings don't fit the pod's grace period. Run returns it.
 	ErrBudget = errors.New("budget does not fit the pod")
-	// errDeadline ends a drain that is out of time.
-	errDeadline = errors.New("out of time")
+	errEnded  = errors.New("the agent has stopped")
 )
+
+// errDeadline ends a drain that is out of time. It is context.DeadlineExceeded to whoever asks: the timer behind it can be
+// moved, which a context's own deadline can't.
+const errDeadline = outOfTime("out of time")
+
+type outOfTime string
+
+func (e outOfTime) Error() string        { return string(e) }
+func (e outOfTime) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // Config is what a Machine needs. Every callback is called from Run's goroutine and must not block.
 type Config struct {
@@ -73,6 +81,7 @@ type Machine struct {
 	status  Status
 	changed chan struct{} // closed and replaced whenever status changes
 	wake    chan struct{}
+	ended   chan struct{} // closed when Run returns
 
 	// Of Run's goroutine only.
 	ctx          context.Context
@@ -86,6 +95,7 @@ type Machine struct {
 	unadvertised time.Time
 	current      *shutdown // under way, or the last one while it isn't undone
 	desired      Desired
+	waiting      []waiter
 	verdict      *Verdict
 	trail        []Transition
 }
@@ -100,24 +110,30 @@ type inbox struct {
 
 type stop struct {
 	cause string
-	reply chan<- *shutdown
+	reply chan<- Verdict
 }
 
-// shutdown is one end of the instance.
+// waiter is a call of Stop. Its reply has room for one verdict, so nobody minds if the caller has gone.
+type waiter struct {
+	shutdown *shutdown
+	reply    chan<- Verdict
+}
+
+// shutdown is one end of the instance. Only Run's goroutine touches it.
 type shutdown struct {
 	cause    string
 	started  time.Time
 	deadline time.Time // the kubelet's SIGKILL
 	release  time.Time // deadline less the application's reserve
 	timer    *time.Timer
-	begin    func() // started once the registry knows what is wanted; then nil
+	carryOut func() // started once the registry knows what is wanted; then nil
 	cancel   context.CancelCauseFunc
-	done     chan struct{} // closed when verdict is set
-	verdict  Verdict
 
-	// What tells, after the release, that the instance began a new life: the container restarted.
-	notReadySince bool
-	restarts      int
+	verdict *Verdict // nil until the release
+
+	// What tells, after the release, that the instance began a new life.
+	restarts int       // of the Pod's containers, at the release
+	over     time.Time // by when the kubelet has ended what it wanted to end
 }
 
 // New validates cfg.
@@ -134,7 +150,7 @@ func New(cfg Config) (*Machine, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
-	m := &Machine{cfg: cfg, log: cfg.Logger, changed: make(chan struct{}), wake: make(chan struct{}, 1)}
+	m := &Machine{cfg: cfg, log: cfg.Logger, changed: make(chan struct{}), wake: make(chan struct{}, 1), ended: make(chan struct{})}
 	m.since = time.Now()
 	m.cause = "agent started"
 	m.status = Status{Since: m.since, Cause: m.cause}
@@ -158,20 +174,25 @@ func (m *Machine) post(put func(*inbox)) {
 }
 
 // Stop begins a shutdown, or joins the one under way or just finished, and waits for its verdict. When ctx ends first
-// only the waiting ends. With CauseSignal there is no way back online.
+// only the waiting ends, as it does when Run returns. With CauseSignal there is no way back online.
 func (m *Machine) Stop(ctx context.Context, cause string) (Verdict, error) {
-	reply := make(chan *shutdown, 1)
+	reply := make(chan Verdict, 1)
 	m.post(func(in *inbox) { in.stops = append(in.stops, stop{cause, reply}) })
+	var err error
 	select {
-	case s := <-reply:
-		select {
-		case <-s.done:
-			return s.verdict, nil
-		case <-ctx.Done():
-		}
+	case v := <-reply:
+		return v, nil
 	case <-ctx.Done():
+		err = context.Cause(ctx)
+	case <-m.ended:
+		err = errEnded
 	}
-	return Verdict{}, fmt.Errorf("waiting for the shutdown: %w", context.Cause(ctx))
+	select {
+	case v := <-reply: // came at the same moment
+		return v, nil
+	default:
+		return Verdict{}, fmt.Errorf("waiting for the shutdown: %w", err)
+	}
 }
 
 // Status is the newest account.
@@ -198,10 +219,13 @@ func (m *Machine) Await(ctx context.Context, ok func(Status) bool) bool {
 	}
 }
 
-// Run is the one goroutine that writes the state. It ends with ctx, or with ErrBudget.
+// Run is the one goroutine that writes the state; it is called once. It ends with ctx, or with ErrBudget, and takes a drain
+// that is under way with it: so end ctx after Stop has returned, not upon SIGTERM.
 func (m *Machine) Run(ctx context.Context) error {
-	// A drain that is under way isn't ended by ctx: whoever ends ctx has waited for Stop before.
-	m.ctx = context.WithoutCancel(ctx)
+	defer close(m.ended)
+	live, cancel := context.WithCancelCause(ctx)
+	defer cancel(errEnded)
+	m.ctx = live
 	for {
 		select {
 		case <-ctx.Done():
@@ -233,19 +257,17 @@ func (m *Machine) step(in inbox) error {
 		m.registryChanged(*in.registry)
 	}
 	if in.finished != nil {
-		in.finished.Deadline = m.current.release
-		m.current.verdict = *in.finished
-		m.verdict = in.finished
-		m.current.end()
-		// Without any news an instance that nobody restarted is to come back when its grace is over.
-		time.AfterFunc(time.Until(m.current.deadline), func() { m.post(func(*inbox) {}) })
+		m.release(in.finished)
+		m.settle() // Released is a state of its own, however soon it is left
 	}
 	for _, s := range in.stops {
 		m.final = m.final || s.cause == CauseSignal
 		if m.current == nil || m.undone() {
 			m.begin(s.cause)
+		} else {
+			m.log.Info("joining the shutdown", zap.String("cause", s.cause), zap.String("begun by", m.current.cause))
 		}
-		s.reply <- m.current
+		m.waiting = append(m.waiting, waiter{m.current, s.reply})
 	}
 	switch {
 	case m.current == nil:
@@ -255,10 +277,16 @@ func (m *Machine) step(in inbox) error {
 	case m.undone():
 		m.log.Info("instance is back after its shutdown", zap.String("cause", m.current.cause))
 		m.current = nil
-	case m.obs.Pod.Terminating:
-		m.shorten(m.obs.Pod.Deadline)
+	case !m.current.released():
+		m.shorten()
 	}
 	m.settle()
+	m.waiting = slices.DeleteFunc(m.waiting, func(w waiter) bool {
+		if w.shutdown.released() {
+			w.reply <- *w.shutdown.verdict
+		}
+		return w.shutdown.released()
+	})
 	return nil
 }
 
@@ -269,23 +297,21 @@ func (m *Machine) settle() {
 		cause = m.current.cause
 	}
 	d := Decide(Inputs{Observation: m.obs, Phase: m.phase(), StopCause: cause, WasOnline: m.wasOnline})
-	if d.State != m.state || d.Cause != m.cause {
-		t := Transition{Time: time.Now(), From: m.state, State: d.State, Cause: d.Cause}
-		if d.State == Released {
-			t.Verdict = m.verdict
-			t.Cause += ": " + m.verdict.Message()
-		}
-		if d.State != m.state {
-			m.since = t.Time
-			m.log.Info("state", zap.Stringer("from", m.state), zap.Stringer("to", d.State), zap.String("cause", t.Cause))
-		}
-		m.state, m.cause = d.State, d.Cause
-		m.wasOnline = m.wasOnline || d.State == Online
-		m.record(t)
-		if t.From != t.State {
-			m.cfg.OnTransition(t)
-		}
+	t := Transition{Time: time.Now(), From: m.state, State: d.State, Cause: d.Cause}
+	if d.State != m.state {
+		m.since = t.Time
 	}
+	if d.State == Released {
+		t.Verdict = m.verdict
+		t.Cause += ": " + m.verdict.Message()
+	}
+	if d.State != m.state || d.Cause != m.cause {
+		m.record(t)
+	}
+	m.state, m.cause = d.State, d.Cause
+	m.wasOnline = m.wasOnline || d.State == Online
+
+	// The registry comes first: what follows can wait, a withdrawal can't.
 	want := desire(m.obs, d)
 	want.Since = m.since
 	if d.State == Released || d.State == Stopped {
@@ -293,25 +319,38 @@ func (m *Machine) settle() {
 	}
 	if len(want.Instances) > 0 && !reflect.DeepEqual(want, m.desired) {
 		if m.desired.Advertised() && !want.Advertised() {
-			m.unadvertised = time.Now()
+			m.unadvertised = t.Time
 		}
 		m.desired = want
 		m.cfg.Registrar.Set(want)
 	}
-	if m.current != nil && m.current.begin != nil {
-		go m.current.begin()
-		m.current.begin = nil
+	if m.current != nil && m.current.carryOut != nil {
+		go m.current.carryOut()
+		m.current.carryOut = nil
 	}
+
 	m.publish()
+	if t.From != t.State {
+		m.logTransition(t)
+		m.cfg.OnTransition(t)
+	}
+}
+
+func (m *Machine) logTransition(t Transition) {
+	level := zap.InfoLevel
+	if v := t.Verdict; v != nil && (v.Outcome == TimedOut || v.Outcome == Unmeasured || !v.Withdrawn) {
+		level = zap.WarnLevel
+	}
+	m.log.Log(level, "state", zap.Stringer("from", t.From), zap.Stringer("to", t.State), zap.String("cause", t.Cause))
 }
 
 func (m *Machine) phase() Phase {
 	switch {
 	case m.current == nil:
 		return NotStopping
-	case !m.current.finished():
+	case !m.current.released():
 		return StopUnderWay
-	case m.final:
+	case m.final && m.state >= Released:
 		return StopForGood
 	}
 	return StopReleased
@@ -321,15 +360,20 @@ func (m *Machine) phase() Phase {
 func (m *Machine) registryChanged(now RegistryStatus) {
 	was := m.registry
 	m.registry = now
-	t := Transition{Time: now.Updated, From: m.state, State: m.state}
+	t := Transition{Time: time.Now(), From: m.state, State: m.state}
 	switch {
-	case now.Advertised && !was.Advertised:
+	case now.Advertised && (!was.Advertised || now.Lease != was.Lease):
 		t.Cause = "registered under lease " + now.Lease
 	case was.Advertised && !now.Advertised:
 		t.Cause = "no longer registered"
+		if now.Err != "" {
+			t.Cause += ": " + now.Err
+		}
 		m.unadvertised = now.Updated
 	case now.Err != "" && now.Err != was.Err:
 		t.Cause = "registry: " + now.Err
+	case was.Err != "" && now.Err == "":
+		t.Cause = "registry is as desired again"
 	default:
 		return
 	}
@@ -348,7 +392,7 @@ func (m *Machine) publish() {
 		State: m.state, Since: m.since, Cause: m.cause, Observation: m.obs, Registry: m.registry, Verdict: m.verdict,
 		Trail: slices.Clone(m.trail),
 	}
-	if m.current != nil && !m.current.finished() {
+	if m.current != nil && !m.current.released() {
 		st.Deadline = m.current.release
 	}
 	m.mu.Lock()

@@ -2,23 +2,21 @@ package lifecycle
 
 import (
 	"context"
+	"math"
 	"time"
 
 	"go.uber.org/zap"
 )
 
+// killFloor is what the kubelet gives a container between SIGTERM and SIGKILL, even when the hook has used up the grace
+// period (minimumGracePeriodInSeconds in pkg/kubelet/kuberuntime/kuberuntime_container.go).
+const killFloor = 2 * time.Second
+
 // begin starts a shutdown. What it needs of the state is read here, in Run's goroutine.
 func (m *Machine) begin(cause string) {
 	now := time.Now()
-	s := &shutdown{cause: cause, started: now, done: make(chan struct{}), restarts: m.obs.Pod.Restarts}
-	grace := m.obs.Pod.Grace
-	if !m.obs.Pod.Known {
-		grace = DefaultGrace
-	}
-	s.deadline = now.Add(grace)
-	if m.obs.Pod.Terminating {
-		s.deadline = m.obs.Pod.Deadline
-	}
+	s := &shutdown{cause: cause, started: now}
+	s.deadline = m.deadline(now)
 	s.release = m.cfg.Budget.releaseBy(now, s.deadline)
 
 	ctx, cancel := context.WithCancelCause(m.ctx)
@@ -28,7 +26,7 @@ func (m *Machine) begin(cause string) {
 
 	advertised := m.registry.Advertised || m.desired.Advertised()
 	unadvertised := m.unadvertised
-	s.begin = func() {
+	s.carryOut = func() {
 		v := m.shutdown(ctx, s.cause, s.started, advertised, unadvertised)
 		m.post(func(in *inbox) { in.finished = &v })
 	}
@@ -72,52 +70,69 @@ func (m *Machine) shutdown(ctx context.Context, cause string, started time.Time,
 	return v
 }
 
-// shorten brings the release closer, when a second delete gave the pod less time.
-func (m *Machine) shorten(deadline time.Time) {
+// deadline is the kubelet's SIGKILL, for a shutdown that started then.
+func (m *Machine) deadline(started time.Time) time.Time {
+	switch p := m.obs.Pod; {
+	case p.Terminating && !p.Deadline.IsZero():
+		return p.Deadline
+	case p.Known:
+		return started.Add(p.Grace)
+	}
+	return started.Add(DefaultGrace)
+}
+
+// shorten brings the release closer when the pod has less time than was thought: a second delete, or the Pod is seen only
+// now.
+func (m *Machine) shorten() {
 	s := m.current
-	if s.finished() || deadline.IsZero() || !deadline.Before(s.deadline) {
+	deadline := m.deadline(s.started)
+	if !deadline.Before(s.deadline) {
 		return
 	}
-	now := time.Now()
+	now, was := time.Now(), s.release
 	s.deadline = deadline
-	if release := m.cfg.Budget.releaseBy(now, deadline); release.Before(s.release) {
+	if release := m.cfg.Budget.releaseBy(now, deadline); release.Before(was) {
 		s.release = release
 		s.timer.Reset(release.Sub(now))
-		m.log.Info("grace period shortened", zap.Time("deadline", deadline), zap.Duration("at most", release.Sub(now)))
+		if was.Sub(release) > time.Second { // less is the blur of the API's whole seconds
+			m.log.Info("grace period shortened", zap.Time("deadline", deadline), zap.Duration("at most", release.Sub(now)))
+		}
 	}
+}
+
+// release takes in the verdict of the shutdown under way.
+func (m *Machine) release(v *Verdict) {
+	s := m.current
+	s.timer.Stop()
+	s.cancel(nil)
+	v.Deadline = s.release
+	s.verdict, m.verdict = v, v
+
+	s.restarts = math.MaxInt // nothing to compare with
+	if m.obs.Pod.Known {
+		s.restarts = m.obs.Pod.Restarts
+	}
+	s.over = v.Released.Add(killFloor)
+	if s.over.Before(s.deadline) {
+		s.over = s.deadline
+	}
+	// Without any news an instance that nobody restarted is to come back then.
+	time.AfterFunc(time.Until(s.over), func() { m.post(func(*inbox) {}) })
 }
 
 // undone says whether an instance that was released is back: the kubelet restarted its container (a failed liveness
-// probe runs preStop too), and it is ready again. Its endpoint may still look ready for a moment after the release, so
-// being ready counts only after a sign of the restart; or when the grace is over, by which time whatever the hook
-// announced has happened.
+// probe runs preStop too), and it is ready again. Readiness alone says nothing: the endpoint of an application that was
+// just sent SIGTERM looks ready for a moment longer, and one that was overloaded may turn ready while it shuts down. So
+// it takes a restart; or the end of the grace period, by which whatever the hook announced has happened.
 func (m *Machine) undone() bool {
 	s, p := m.current, m.obs.Pod
-	if !s.finished() || m.final || p.Terminating || p.Gone || !p.Known {
+	if !s.released() || m.final || p.Terminating {
 		return false
 	}
-	ready := Decide(Inputs{Observation: m.obs, WasOnline: true}).State == Online
-	if !ready || !p.Ready {
-		s.notReadySince = true
-	}
-	if !ready {
+	if Decide(Inputs{Observation: m.obs}).State != Online {
 		return false
 	}
-	restarted := p.Ready && (s.notReadySince || p.Restarts > s.restarts)
-	return restarted || !time.Now().Before(s.deadline)
+	return p.Ready && p.Restarts > s.restarts || !time.Now().Before(s.over)
 }
 
-func (s *shutdown) end() {
-	s.timer.Stop()
-	s.cancel(nil)
-	close(s.done)
-}
-
-func (s *shutdown) finished() bool {
-	select {
-	case <-s.done:
-		return true
-	default:
-		return false
-	}
-}
+func (s *shutdown) released() bool { return s.verdict != nil }
