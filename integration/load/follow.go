@@ -83,8 +83,8 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// watch follows one watch to its end. The first batch that comes after the first read replaces everything known
-// before, since deletions may have been missed in between.
+// watch follows one watch to its end. What its first read finds replaces everything known before, since deletions may
+// have been missed between two watches.
 func (f *follower) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
