@@ -483,5 +483,5 @@ func (c *Cluster) NodeIP() string { return c.state.network().nodeIP }
 // Kubectl is the path of the kubectl of the cluster's version.
 func (c *Cluster) Kubectl() string { return c.Binary("kubectl") }
 
-// Binary is the path of one of the built programs: a component's, kubectl, etcd or etcdctl.
+// Binary is the path of one of the built programs: kubectl, etcd, etcdctl, or one of Kubernetes' components.
 func (c *Cluster) Binary(name string) string { return filepath.Join(c.state.Binaries.Dir, name) }

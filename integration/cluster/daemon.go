@@ -91,8 +91,9 @@ func (c *Cluster) Start(ctx context.Context, component string) error {
 	return c.waitFor(ctx, component)
 }
 
-// Stop ends a component with SIGTERM, and after ten seconds with SIGKILL, and returns when it is gone. Containers run on when
-// the kubelet or containerd is stopped.
+// Stop ends a component with SIGTERM, and after ten seconds with SIGKILL, and returns when it is gone. The API server needs all
+// of them: it takes no new connections at once, but waits for the watches of those that it has. Containers run on when the kubelet or
+// containerd is stopped.
 func (c *Cluster) Stop(ctx context.Context, component string) error {
 	return c.end(ctx, component, syscall.SIGTERM)
 }
