@@ -1,0 +1,357 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"usher.dev/usher/drain"
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry"
+	"usher.dev/usher/registry/format"
+	"usher.dev/usher/watcher"
+)
+
+// flushTimeout bounds how long answers to hook calls may take to leave at the very end.
+const flushTimeout = 2 * time.Second
+
+// agent is the packages put together.
+type agent struct {
+	cfg       config
+	log       *zap.Logger
+	watcher   *watcher.Watcher
+	recorder  *watcher.Recorder
+	registrar *registry.Registrar
+	machine   *lifecycle.Machine
+	sockdiag  *drain.Sockdiag // nil when it isn't a source, or the kernel refuses it
+	progress  atomic.Pointer[drain.Progress]
+	hook      hook
+	metrics   *metrics
+	servers   []server
+
+	// registeredOnce is of the registrar's goroutine only.
+	registeredOnce bool
+}
+
+type server struct {
+	*http.Server
+	listener net.Listener
+}
+
+// newAgent checks everything that can be checked, and takes the addresses it is to listen on, before anything starts.
+func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
+	a := &agent{cfg: cfg, log: log}
+	watcher.RouteKlog(log.Named("client-go"))
+
+	formats := map[string][]registry.NamedFormat{}
+	for _, s := range cfg.Services {
+		for _, spec := range s.Formats {
+			f, err := format.New(spec)
+			if err != nil {
+				return nil, fmt.Errorf("service %s: %w", s.Name, err)
+			}
+			formats[s.Name] = append(formats[s.Name], registry.NamedFormat{Name: spec.Type, Format: f})
+		}
+	}
+	a.registrar, err = registry.New(registry.Config{
+		Cluster: cfg.Cluster, Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID,
+		Dial:     func() (*clientv3.Client, error) { return cfg.Etcd.Dial(log.Named("etcd")) },
+		Formats:  formats,
+		TTL:      cfg.LeaseTTL,
+		OnChange: a.registryChanged,
+		Logger:   log.Named("registry"),
+	})
+	if err != nil {
+		return nil, err
+	}
+
+	drainer, err := a.newDrainer()
+	if err != nil {
+		return nil, err
+	}
+	a.machine, err = lifecycle.New(lifecycle.Config{
+		Registrar: a.registrar, Drainer: drainer, Budget: cfg.Budget, Quiet: cfg.Quiet,
+		OnTransition: a.transition,
+		Logger:       log.Named("lifecycle"),
+	})
+	if err != nil {
+		return nil, err
+	}
+
+	rest, err := watcher.RESTConfig(cfg.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	client, err := watcher.NewClient(rest)
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(cfg.Services))
+	for i, s := range cfg.Services {
+		names[i] = s.Name
+	}
+	a.watcher, err = watcher.New(watcher.Config{
+		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, PodIPs: cfg.PodIPs, Services: names,
+		Client: client, OnObservation: a.observed, Logger: log.Named("watcher"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.recorder, err = watcher.NewRecorder(watcher.RecorderConfig{
+		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, Node: cfg.Node, Client: client, Logger: log.Named("events"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.metrics = newMetrics(a)
+	return a, a.listen()
+}
+
+// newDrainer builds the configured sources.
+func (a *agent) newDrainer() (lifecycle.Drainer, error) {
+	var sources []drain.Source
+	for _, name := range a.cfg.Sources {
+		switch name {
+		case sourceSockdiag:
+			s, err := drain.NewSockdiag(drain.SockdiagConfig{MinPatience: a.cfg.Budget.Settle, Logger: a.log.Named("sockdiag")})
+			if err != nil {
+				// Better a drain that waits out the floor and says why than a pod that doesn't start.
+				a.log.Error("source sockdiag can't be used here, drains will wait for the floor", zap.Duration("floor", a.cfg.Floor), zap.Error(err))
+				sources = append(sources, unusable{sourceSockdiag, err})
+				continue
+			}
+			a.sockdiag = s
+			sources = append(sources, s)
+		case sourceHTTP:
+			s, err := drain.NewHTTP(drain.HTTPConfig{URL: a.cfg.InFlightURL, Field: a.cfg.InFlightField})
+			if err != nil {
+				return nil, err
+			}
+			sources = append(sources, s)
+		}
+	}
+	d, err := drain.New(drain.Config{
+		Sources: sources, Quiet: a.cfg.Quiet, Interval: a.cfg.Interval, Floor: a.cfg.Floor,
+		OnSample: func(p drain.Progress) { a.progress.Store(&p) },
+		Logger:   a.log.Named("drain"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return drainer{d}, nil
+}
+
+// unusable is a source that never knows.
+type unusable struct {
+	name string
+	err  error
+}
+
+func (u unusable) Name() string                                 { return u.name }
+func (u unusable) Sample(context.Context) (drain.Sample, error) { return drain.Sample{}, u.err }
+
+// drainer is what lifecycle wants of drain.
+type drainer struct{ *drain.Drainer }
+
+func (d drainer) Wait(ctx context.Context, settled time.Time) lifecycle.DrainResult {
+	r := d.Drainer.Wait(ctx, settled)
+	out := lifecycle.DrainResult{
+		Outcome: map[drain.Outcome]lifecycle.Outcome{
+			drain.Quiet: lifecycle.Drained, drain.Floor: lifecycle.Unmeasured, drain.Skipped: lifecycle.Skipped,
+			drain.Deadline: lifecycle.TimedOut, drain.Forced: lifecycle.TimedOut,
+		}[r.Outcome],
+		InFlight: r.InFlight, Unsure: r.Unsure,
+	}
+	for _, s := range r.Sources {
+		out.Sources = append(out.Sources, lifecycle.SourceResult{
+			Name: s.Name, InFlight: s.InFlight, Unsure: s.Unsure, Connections: s.Connections, Peak: s.Peak, Err: s.Err,
+		})
+	}
+	return out
+}
+
+// run goes from start to SIGTERM and through the shutdown. Everything that runs ends before it returns.
+func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
+	a.log.Info("usher-agent starts", zap.String("version", buildVersion()), zap.String("cluster", a.cfg.Cluster),
+		zap.String("namespace", a.cfg.Namespace), zap.String("pod", a.cfg.Pod), zap.String("uid", a.cfg.PodUID),
+		zap.Strings("etcd", a.cfg.Etcd.Endpoints))
+
+	// Three lives, ended one after the other: what observes and decides, what writes to etcd, what tells of it.
+	deciding, stopDeciding := context.WithCancel(ctx)
+	writing, stopWriting := context.WithCancel(ctx)
+	telling, stopTelling := context.WithCancel(ctx)
+	defer stopTelling()
+	defer stopWriting()
+	defer stopDeciding()
+	failed := make(chan error, 8)
+	start := func(name string, run func(context.Context) error, ctx context.Context) *sync.WaitGroup {
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := run(ctx); err != nil {
+				failed <- fmt.Errorf("%s: %w", name, err)
+			}
+		})
+		return &wg
+	}
+	recorder := start("events", a.recorder.Run, telling)
+	registrar := start("registry", a.registrar.Run, writing)
+	machine := start("lifecycle", a.machine.Run, deciding)
+	watcher := start("watcher", a.watcher.Run, deciding)
+	waits := []*sync.WaitGroup{machine, watcher}
+	if a.sockdiag != nil {
+		waits = append(waits, start("sockdiag", a.sockdiag.Run, deciding))
+	}
+	for _, s := range a.servers {
+		start("HTTP server "+s.listener.Addr().String(), func(context.Context) error {
+			if err := s.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		}, ctx)
+	}
+
+	var err error
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	case sig := <-signals:
+		a.log.Info("signal", zap.Stringer("signal", sig))
+		ctx, giveUp := context.WithCancel(ctx)
+		go func() {
+			select {
+			case <-signals: // an impatient person's second Ctrl-C
+				giveUp()
+			case <-ctx.Done():
+			}
+		}()
+		if v, serr := a.machine.Stop(ctx, lifecycle.CauseSignal); serr == nil {
+			a.log.Info("stopped", zap.String("verdict", v.Message()))
+		}
+		giveUp()
+	}
+
+	flush, cancel := context.WithTimeout(ctx, flushTimeout)
+	defer cancel()
+	for _, s := range a.servers {
+		if serr := s.Shutdown(flush); serr != nil {
+			s.Close()
+		}
+	}
+	stopDeciding()
+	for _, wg := range waits {
+		wg.Wait()
+	}
+	stopWriting()
+	registrar.Wait()
+	stopTelling()
+	recorder.Wait()
+	return err
+}
+
+// observed is called from the watcher's goroutine.
+func (a *agent) observed(o lifecycle.Observation) {
+	a.hook.observed(o)
+	if a.sockdiag != nil {
+		if ports := a.ports(o); len(ports) > 0 {
+			if err := a.sockdiag.SetPorts(ports); err != nil {
+				a.log.Error("ports", zap.Error(err))
+			}
+		}
+	}
+	a.machine.Observe(o)
+}
+
+// ports are those that consumers may have connections to: the endpoint's, and numbers that a format names.
+func (a *agent) ports(o lifecycle.Observation) []drain.Port {
+	multiplexed := map[uint16]bool{}
+	add := func(name string, number uint16, is bool) {
+		is = is || slices.Contains(a.cfg.MultiplexedPorts, strconv.Itoa(int(number))) || name != "" && slices.Contains(a.cfg.MultiplexedPorts, name)
+		multiplexed[number] = multiplexed[number] || is
+	}
+	found := false
+	for _, e := range o.Endpoints {
+		found = found || e.Found
+		for _, p := range e.Ports {
+			if p.Number != 0 && (p.Protocol == "TCP" || p.Protocol == "") {
+				add(p.Name, p.Number, isMultiplexed(p))
+			}
+		}
+	}
+	if !found {
+		return nil // what was last known stands: connections outlive the endpoint
+	}
+	for _, s := range a.cfg.Services {
+		for _, f := range s.Formats {
+			if n, err := strconv.ParseUint(f.Port, 10, 16); err == nil {
+				add("", uint16(n), false)
+			}
+		}
+	}
+	var out []drain.Port
+	for n, is := range multiplexed {
+		out = append(out, drain.Port{Number: n, Multiplexed: is})
+	}
+	return out
+}
+
+// isMultiplexed goes by the names that Kubernetes' appProtocol (kubernetes.io/h2c, KEP-3726) and service meshes' port
+// names (grpc, grpc-web, http2, as a whole or before a dash) have in use. WebSocket is not among them: one connection
+// carries one stream, and its activity is seen.
+func isMultiplexed(p lifecycle.Port) bool {
+	first, _, _ := strings.Cut(strings.ToLower(p.Name), "-")
+	switch strings.ToLower(p.AppProtocol) {
+	case "kubernetes.io/h2c", "grpc", "h2c", "http2", "h2":
+		return true
+	case "":
+		return first == "grpc" || first == "h2c" || first == "http2"
+	}
+	return false
+}
+
+// registryChanged is called from the registrar's goroutine.
+func (a *agent) registryChanged(s lifecycle.RegistryStatus) {
+	a.machine.RegistryChanged(s)
+	switch {
+	case s.Advertised && !a.registeredOnce:
+		a.registeredOnce = true
+		a.log.Info("registered", zap.Strings("keys", s.Keys), zap.String("lease", s.Lease))
+		a.recorder.Event("Normal", "Registered", fmt.Sprintf("Registered in etcd under lease %s: %s", s.Lease, strings.Join(s.Keys, ", ")))
+	case !s.Advertised && a.registeredOnce && s.InSync:
+		a.registeredOnce = false
+		a.log.Info("deregistered")
+		a.recorder.Event("Normal", "Deregistered", "Deregistered from etcd")
+	}
+}
+
+// transition is called from the machine's goroutine.
+func (a *agent) transition(t lifecycle.Transition) {
+	a.metrics.transition(t)
+	if t.State == lifecycle.Draining {
+		a.progress.Store(nil)
+	}
+	v := t.Verdict
+	if v == nil || t.From != lifecycle.Draining {
+		return
+	}
+	a.log.Info("released", zap.String("verdict", v.Message()), zap.String("outcome", string(v.Outcome)), zap.String("cause", v.Cause),
+		zap.Duration("total", v.Total()), zap.Duration("withdraw", v.Withdraw), zap.Duration("settle", v.Settle), zap.Duration("drain", v.Drain),
+		zap.Int("inFlight", v.InFlight), zap.Int("unsure", v.Unsure))
+	switch v.Outcome {
+	case lifecycle.TimedOut, lifecycle.Unmeasured:
+		a.recorder.Event("Warning", "DrainTimedOut", v.Message())
+	default:
+		a.recorder.Event("Normal", "Drained", v.Message())
+	}
+}

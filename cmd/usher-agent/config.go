@@ -1,0 +1,483 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"sigs.k8s.io/yaml"
+
+	"usher.dev/usher/drain"
+	"usher.dev/usher/internal/api"
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry"
+	"usher.dev/usher/registry/format"
+)
+
+// config is everything that can be set.
+type config struct {
+	PrintVersion bool
+
+	Cluster  string
+	Services []serviceConfig
+
+	Namespace, Pod, PodUID, Node string
+	PodIPs                       []netip.Addr
+	Kubeconfig                   string
+
+	Etcd     registry.Connection
+	LeaseTTL time.Duration
+
+	HookAddress, ControlAddress, ControlSocket string
+	HookToken                                  string
+
+	Budget lifecycle.Budget
+
+	Sources             []string
+	InFlightURL         string
+	InFlightField       string
+	MultiplexedPorts    []string
+	Quiet, Interval     time.Duration
+	Floor               time.Duration
+	LogLevel, LogFormat string
+}
+
+// serviceConfig is one Service and the records that its consumers read.
+type serviceConfig struct {
+	Name    string        `json:"name"`
+	Formats []format.Spec `json:"formats,omitempty"`
+}
+
+// What may be an in-flight source.
+const (
+	sourceSockdiag = "sockdiag"
+	sourceHTTP     = "http"
+	sourceNone     = "none"
+)
+
+// setting is one thing that can be set, whichever way.
+type setting struct {
+	flag     string
+	alias    string // a further environment variable
+	usage    string
+	def      string
+	list     bool // may be given several times, or as a YAML list
+	envOnly  bool // a secret: no flag, which `ps` would show
+	separate string
+	set      func(c *config, value string) error
+}
+
+func (s setting) env() string {
+	return "USHER_" + strings.ToUpper(strings.ReplaceAll(s.flag, "-", "_"))
+}
+
+func (s setting) key() string {
+	parts := strings.Split(s.flag, "-")
+	for i := 1; i < len(parts); i++ {
+		parts[i] = strings.ToUpper(parts[i][:1]) + parts[i][1:]
+	}
+	return strings.Join(parts, "")
+}
+
+func text(field func(*config) *string) func(*config, string) error {
+	return func(c *config, v string) error {
+		*field(c) = v
+		return nil
+	}
+}
+
+func duration(field func(*config) *time.Duration) func(*config, string) error {
+	return func(c *config, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < 0 {
+			return errors.New("want a duration such as 500ms, 5s or 1m")
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+func oneOf(field func(*config) *string, allowed ...string) func(*config, string) error {
+	return func(c *config, v string) error {
+		if !slices.Contains(allowed, v) {
+			return fmt.Errorf("want one of %s", strings.Join(allowed, ", "))
+		}
+		*field(c) = v
+		return nil
+	}
+}
+
+func words(v string) []string {
+	var out []string
+	for w := range strings.SplitSeq(v, ",") {
+		if w = strings.TrimSpace(w); w != "" {
+			out = append(out, w)
+		}
+	}
+	return out
+}
+
+// settings is the one list that flags, environment, file and --help are made from.
+func settings() []setting {
+	b := lifecycle.DefaultBudget()
+	return []setting{
+		{flag: "cluster", def: "default", usage: "name of this Kubernetes cluster in the ledger", set: text(func(c *config) *string { return &c.Cluster })},
+		{flag: "service", list: true, separate: ";", set: setService,
+			usage: "`NAME[,format=grpc][,target=T][,port=P]`: a Service whose instance this pod is, and the record its consumers read (format grpc, target <namespace>/<service>, its only TCP port); repeat for several records or Services"},
+
+		{flag: "pod-namespace", alias: "POD_NAMESPACE", usage: "own Pod: metadata.namespace", set: text(func(c *config) *string { return &c.Namespace })},
+		{flag: "pod-name", alias: "POD_NAME", usage: "own Pod: metadata.name", set: text(func(c *config) *string { return &c.Pod })},
+		{flag: "pod-uid", alias: "POD_UID", usage: "own Pod: metadata.uid", set: text(func(c *config) *string { return &c.PodUID })},
+		{flag: "pod-ips", alias: "POD_IPS", list: true, usage: "own Pod: status.podIPs, until the API server says them", set: setPodIPs},
+		{flag: "node-name", alias: "NODE_NAME", usage: "own Pod: spec.nodeName, for Events", set: text(func(c *config) *string { return &c.Node })},
+		{flag: "kubeconfig", usage: "kubeconfig `FILE`, outside of a pod", set: text(func(c *config) *string { return &c.Kubeconfig })},
+
+		{flag: "etcd-endpoints", list: true, usage: "etcd's client `URLS` (default " + registry.DefaultEndpoint + ")", set: func(c *config, v string) error {
+			c.Etcd.Endpoints = words(v)
+			return nil
+		}},
+		{flag: "etcd-cacert", usage: "CA `FILE` that etcd's certificate is held against", set: text(func(c *config) *string { return &c.Etcd.CACert })},
+		{flag: "etcd-cert", usage: "client certificate `FILE`", set: text(func(c *config) *string { return &c.Etcd.Cert })},
+		{flag: "etcd-key", usage: "the client certificate's key `FILE`", set: text(func(c *config) *string { return &c.Etcd.Key })},
+		{flag: "etcd-insecure-skip-tls-verify", usage: "`true` leaves etcd's certificate unchecked", set: func(c *config, v string) (err error) {
+			if c.Etcd.InsecureSkipVerify, err = strconv.ParseBool(v); err != nil {
+				return errors.New("want true or false")
+			}
+			return nil
+		}},
+		{flag: "etcd-user", usage: "etcd user", set: text(func(c *config) *string { return &c.Etcd.User })},
+		{flag: "etcd-password", envOnly: true, usage: "etcd password", set: text(func(c *config) *string { return &c.Etcd.Password })},
+		{flag: "lease-ttl", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
+
+		{flag: "hook-address", def: api.DefaultHookAddress, usage: "`ADDRESS` of the kubelet's preStop hook, probes and metrics", set: text(func(c *config) *string { return &c.HookAddress })},
+		{flag: "hook-token", envOnly: true, usage: "a hook call with this in the header " + api.TokenHeader + " is accepted without further signs", set: text(func(c *config) *string { return &c.HookToken })},
+		{flag: "control-address", def: api.DefaultControlAddress, usage: "loopback `ADDRESS` for the processes of this pod", set: text(func(c *config) *string { return &c.ControlAddress })},
+		{flag: "control-socket", usage: "unix socket `PATH` for the same", set: text(func(c *config) *string { return &c.ControlSocket })},
+
+		{flag: "withdraw-timeout", def: b.Withdraw.String(), usage: "how long a shutdown waits for etcd before it goes on", set: duration(func(c *config) *time.Duration { return &c.Budget.Withdraw })},
+		{flag: "settle", def: b.Settle.String(), usage: "how long consumers take to learn of a withdrawal", set: duration(func(c *config) *time.Duration { return &c.Budget.Settle })},
+		{flag: "reserve", def: b.Reserve.String(), usage: "what the application keeps of the grace period, at most a third of it", set: duration(func(c *config) *time.Duration { return &c.Budget.Reserve })},
+
+		{flag: "in-flight-source", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + sourceSockdiag + ", " + sourceHTTP + " or " + sourceNone + "; all given must agree", set: setSources},
+		{flag: "in-flight-url", usage: "source http: `URL` of the application that answers the count", set: text(func(c *config) *string { return &c.InFlightURL })},
+		{flag: "in-flight-field", usage: "source http: dotted path of the count in a JSON answer; empty: the body is the number", set: text(func(c *config) *string { return &c.InFlightField })},
+		{flag: "multiplexed-ports", list: true, usage: "`PORTS` (names or numbers) whose connections count until their client closes them, beside those that the Service calls grpc or h2c", set: func(c *config, v string) error {
+			c.MultiplexedPorts = words(v)
+			return nil
+		}},
+		{flag: "quiet-period", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: duration(func(c *config) *time.Duration { return &c.Quiet })},
+		{flag: "drain-interval", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: duration(func(c *config) *time.Duration { return &c.Interval })},
+		{flag: "drain-floor", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: duration(func(c *config) *time.Duration { return &c.Floor })},
+
+		{flag: "log-level", def: "info", usage: "debug, info, warn or error", set: oneOf(func(c *config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
+		{flag: "log-format", def: "json", usage: "json or console", set: oneOf(func(c *config) *string { return &c.LogFormat }, "json", "console")},
+	}
+}
+
+func setService(c *config, v string) error {
+	parts := strings.Split(v, ",")
+	name := strings.TrimSpace(parts[0])
+	if name == "" || strings.Contains(name, "=") {
+		return errors.New("want NAME[,format=grpc][,target=T][,port=P], the Service's name first")
+	}
+	spec := format.Spec{}
+	for _, p := range parts[1:] {
+		k, val, ok := strings.Cut(strings.TrimSpace(p), "=")
+		field := map[string]*string{"format": &spec.Type, "target": &spec.Target, "port": &spec.Port}[k]
+		if !ok || field == nil || val == "" {
+			return fmt.Errorf("%q: want format=, target= or port= with a value", p)
+		}
+		*field = val
+	}
+	for i := range c.Services {
+		if c.Services[i].Name == name {
+			c.Services[i].Formats = append(c.Services[i].Formats, spec)
+			return nil
+		}
+	}
+	c.Services = append(c.Services, serviceConfig{Name: name, Formats: []format.Spec{spec}})
+	return nil
+}
+
+func setPodIPs(c *config, v string) error {
+	c.PodIPs = nil
+	for _, w := range words(v) {
+		ip, err := netip.ParseAddr(w)
+		if err != nil {
+			return fmt.Errorf("%q: want IP addresses separated by commas", w)
+		}
+		c.PodIPs = append(c.PodIPs, ip)
+	}
+	return nil
+}
+
+func setSources(c *config, v string) error {
+	c.Sources = nil
+	for _, w := range words(v) {
+		switch {
+		case !slices.Contains([]string{sourceSockdiag, sourceHTTP, sourceNone}, w):
+			return fmt.Errorf("%q: want %s, %s or %s", w, sourceSockdiag, sourceHTTP, sourceNone)
+		case slices.Contains(c.Sources, w):
+			return fmt.Errorf("%s is there twice", w)
+		}
+		c.Sources = append(c.Sources, w)
+	}
+	if len(c.Sources) == 0 || len(c.Sources) > 1 && slices.Contains(c.Sources, sourceNone) {
+		return fmt.Errorf("want %s alone, or others without it", sourceNone)
+	}
+	c.Sources = slices.DeleteFunc(c.Sources, func(s string) bool { return s == sourceNone })
+	return nil
+}
+
+func flags() (*pflag.FlagSet, *string, *bool) {
+	fs := pflag.NewFlagSet("usher-agent", pflag.ContinueOnError)
+	fs.SortFlags = false
+	fs.Usage = func() {}
+	file := fs.String("config", "", "YAML `FILE` with these settings; env USHER_CONFIG")
+	printVersion := fs.Bool("version", false, "print the version and exit")
+	for _, s := range settings() {
+		if s.envOnly {
+			continue
+		}
+		usage := s.usage + "; env " + s.env()
+		if s.alias != "" {
+			usage += " or " + s.alias
+		}
+		if s.list {
+			var def []string
+			if s.def != "" {
+				def = []string{s.def}
+			}
+			fs.StringArray(s.flag, def, usage)
+		} else {
+			fs.String(s.flag, s.def, usage)
+		}
+	}
+	return fs, file, printVersion
+}
+
+func help(w io.Writer) {
+	fs, _, _ := flags()
+	fmt.Fprint(w, `usher-agent registers its pod in etcd while the pod's endpoint is ready, and drains it when the pod ends.
+
+Usage: usher-agent --service NAME [flags]
+
+A setting is a flag, an environment variable, or a key of the YAML file (the flag's name in camel case); the first of
+these wins. etcdctl's variables (ETCDCTL_ENDPOINTS, ETCDCTL_USER, ...) come before the file.
+
+Flags:
+`)
+	fmt.Fprint(w, fs.FlagUsagesWrapped(110))
+	fmt.Fprintln(w, "\nEnvironment or file only:")
+	for _, s := range settings() {
+		if s.envOnly {
+			fmt.Fprintf(w, "  %-22s %s\n", s.env(), s.usage)
+		}
+	}
+}
+
+// parse reads every source of settings, in the order of their rank, and checks the result as a whole.
+func parse(args []string, lookup func(string) (string, bool)) (config, error) {
+	fs, file, printVersion := flags()
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, pflag.ErrHelp) {
+			return config{}, err
+		}
+		return config{}, fmt.Errorf("%w; usher-agent --help lists the flags", err)
+	}
+	if fs.NArg() > 0 {
+		return config{}, fmt.Errorf("argument %q: usher-agent takes flags only", fs.Arg(0))
+	}
+	c := config{PrintVersion: *printVersion}
+	if c.PrintVersion {
+		return c, nil
+	}
+	if v, ok := lookup("USHER_CONFIG"); ok && !fs.Changed("config") {
+		*file = v
+	}
+
+	all := settings()
+	var errs []error
+	apply := func(s setting, where string, values ...string) {
+		if s.flag == "service" {
+			c.Services = nil
+		}
+		if s.list && s.separate == "" {
+			values = []string{strings.Join(values, ",")}
+		}
+		for _, v := range values {
+			if err := s.set(&c, v); err != nil {
+				if s.envOnly {
+					v = "(secret)"
+				}
+				errs = append(errs, fmt.Errorf("%s %q: %w", where, v, err))
+			}
+		}
+	}
+	for _, s := range all {
+		if s.def != "" {
+			apply(s, "default of --"+s.flag, s.def)
+		}
+	}
+	if *file != "" {
+		if err := parseFile(*file, &c, all, apply); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	getenv := func(name string) string { v, _ := lookup(name); return v }
+	if err := c.Etcd.FromETCDCTL(getenv); err != nil {
+		errs = append(errs, err)
+	}
+	for _, s := range all {
+		for _, name := range []string{s.alias, s.env()} {
+			// As everywhere in Kubernetes' manifests, an empty variable is an unset one.
+			if v := getenv(name); name != "" && v != "" {
+				values := []string{v}
+				if s.separate != "" {
+					values = strings.Split(v, s.separate)
+				}
+				apply(s, "environment "+name, values...)
+			}
+		}
+	}
+	for _, s := range all {
+		if f := fs.Lookup(s.flag); f != nil && f.Changed {
+			values := []string{f.Value.String()}
+			if sv, ok := f.Value.(pflag.SliceValue); ok {
+				values = sv.GetSlice()
+			}
+			apply(s, "flag --"+s.flag, values...)
+		}
+	}
+	if len(errs) > 0 {
+		return config{}, errors.Join(errs...)
+	}
+	return c, c.validate()
+}
+
+// parseFile reads the YAML file: the settings by their keys, and services in full.
+func parseFile(path string, c *config, all []setting, apply func(setting, string, ...string)) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("config file: %w", err)
+	}
+	js, err := yaml.YAMLToJSONStrict(raw)
+	if err != nil {
+		return fmt.Errorf("config file %s: %w", path, err)
+	}
+	var doc map[string]json.RawMessage
+	if err := json.Unmarshal(js, &doc); err != nil {
+		return fmt.Errorf("config file %s: want a map of settings", path)
+	}
+	var errs []error
+	for _, key := range slices.Sorted(maps.Keys(doc)) {
+		where := fmt.Sprintf("config file %s: %s", path, key)
+		if key == "services" {
+			dec := json.NewDecoder(bytes.NewReader(doc[key]))
+			dec.DisallowUnknownFields()
+			if err := dec.Decode(&c.Services); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w; want a list of {name, formats: [{type, target, port}]}", where, err))
+			}
+			continue
+		}
+		i := slices.IndexFunc(all, func(s setting) bool { return s.key() == key && s.flag != "service" })
+		if i < 0 {
+			var keys []string
+			for _, s := range all {
+				if s.flag != "service" {
+					keys = append(keys, s.key())
+				}
+			}
+			errs = append(errs, fmt.Errorf("%s: no such setting; there are services, %s", where, strings.Join(keys, ", ")))
+			continue
+		}
+		values, err := scalars(doc[key])
+		if err != nil || len(values) > 1 && !all[i].list {
+			errs = append(errs, fmt.Errorf("%s %s: want %s", where, doc[key], map[bool]string{true: "a value or a list of values", false: "one value"}[all[i].list]))
+			continue
+		}
+		apply(all[i], where, values...)
+	}
+	return errors.Join(errs...)
+}
+
+// scalars reads a JSON string, number, boolean, or a list of these.
+func scalars(raw json.RawMessage) ([]string, error) {
+	var list []json.RawMessage
+	if json.Unmarshal(raw, &list) != nil {
+		list = []json.RawMessage{raw}
+	}
+	var out []string
+	for _, r := range list {
+		var v any
+		dec := json.NewDecoder(bytes.NewReader(r))
+		dec.UseNumber()
+		if err := dec.Decode(&v); err != nil {
+			return nil, err
+		}
+		switch v := v.(type) {
+		case string:
+			out = append(out, v)
+		case json.Number:
+			out = append(out, v.String())
+		case bool:
+			out = append(out, strconv.FormatBool(v))
+		default:
+			return nil, errors.New("neither a value nor a list of values")
+		}
+	}
+	return out, nil
+}
+
+// validate fills in what depends on other settings, and holds them against each other.
+func (c *config) validate() error {
+	var errs []error
+	if len(c.Services) == 0 {
+		errs = append(errs, errors.New("--service: none is given; name the Service whose instance this pod is"))
+	}
+	for _, f := range []struct{ flag, value, path string }{
+		{"pod-namespace", c.Namespace, "metadata.namespace"}, {"pod-name", c.Pod, "metadata.name"}, {"pod-uid", c.PodUID, "metadata.uid"},
+	} {
+		if f.value == "" {
+			errs = append(errs, fmt.Errorf("--%s: empty; set the environment variable %s with valueFrom.fieldRef.fieldPath %s", f.flag, strings.ToUpper(strings.ReplaceAll(f.flag, "-", "_")), f.path))
+		}
+	}
+	for i := range c.Services {
+		s := &c.Services[i]
+		if len(s.Formats) == 0 {
+			s.Formats = []format.Spec{{}}
+		}
+		for j := range s.Formats {
+			f := &s.Formats[j]
+			if f.Type == "" {
+				f.Type = "grpc"
+			}
+			if f.Type == "grpc" && f.Target == "" {
+				f.Target = c.Namespace + "/" + s.Name
+			}
+		}
+	}
+	if err := c.Etcd.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("etcd: %w", err))
+	}
+	if slices.Contains(c.Sources, sourceHTTP) != (c.InFlightURL != "") {
+		errs = append(errs, fmt.Errorf("--in-flight-url %q: it goes with --in-flight-source %s, and that with it", c.InFlightURL, sourceHTTP))
+	}
+	if c.HookToken != "" && len(c.HookToken) < 16 {
+		errs = append(errs, errors.New("USHER_HOOK_TOKEN: want at least 16 characters, so that it can't be guessed"))
+	}
+	if err := c.Budget.Validate(); err != nil {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}

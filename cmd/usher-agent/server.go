@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+
+	"usher.dev/usher/internal/api"
+	"usher.dev/usher/lifecycle"
+)
+
+const (
+	// catchUp is how long a hook call without a token waits for the deletion of its Pod to be seen: the kubelet may be
+	// quicker than the watch.
+	catchUp = time.Second
+	// refusalsEvery bounds the log: a flood of refused calls is one line in that time.
+	refusalsEvery = 10 * time.Second
+	// headerTimeout and maxHeader keep slow and large callers from holding the agent's memory.
+	headerTimeout = 5 * time.Second
+	maxHeader     = 16 << 10
+)
+
+// hook is what is counted and known about hook calls.
+type hook struct {
+	accepted, refused atomic.Int64
+	lastRefusal       atomic.Int64 // unix nanoseconds of the last one logged
+	seen              atomic.Bool  // own Pod and all Services were seen once
+	problem           atomic.Pointer[string]
+}
+
+// observed keeps what /readyz says. Once everything was seen, nothing takes that back: an outage of the API server must
+// not make pods unready.
+func (h *hook) observed(o lifecycle.Observation) {
+	if h.seen.Load() {
+		return
+	}
+	if len(o.Problems) == 0 && o.Pod.Known {
+		h.seen.Store(true)
+		return
+	}
+	if len(o.Problems) > 0 {
+		h.problem.Store(&o.Problems[0])
+	}
+}
+
+// listen takes all addresses, so that one that is taken is known before anything starts.
+func (a *agent) listen() (err error) {
+	defer func() {
+		if err != nil {
+			for _, s := range a.servers {
+				s.listener.Close()
+			}
+		}
+	}()
+	hookAPI, control := http.NewServeMux(), http.NewServeMux()
+	for _, mux := range []*http.ServeMux{hookAPI, control} {
+		mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+		mux.HandleFunc("GET /readyz", a.readyz)
+		mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
+	}
+	hookAPI.HandleFunc(api.PrestopPath, a.prestop(false))
+	control.HandleFunc(api.PrestopPath, a.prestop(true))
+	control.HandleFunc("GET "+api.StatusPath, func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, a.status()) })
+
+	if host, _, err := net.SplitHostPort(a.cfg.ControlAddress); err != nil || !isLoopback(host) {
+		return fmt.Errorf("--control-address %q: want a loopback address and a port, since every caller there is trusted", a.cfg.ControlAddress)
+	}
+	for _, l := range []struct {
+		flag, network, address string
+		mux                    http.Handler
+	}{
+		{"hook-address", "tcp", a.cfg.HookAddress, hookAPI},
+		{"control-address", "tcp", a.cfg.ControlAddress, control},
+		{"control-socket", "unix", a.cfg.ControlSocket, control},
+	} {
+		if l.address == "" {
+			continue
+		}
+		if l.network == "unix" {
+			if err := clearSocket(l.address); err != nil {
+				return fmt.Errorf("--%s %q: %w", l.flag, l.address, err)
+			}
+		}
+		ln, err := net.Listen(l.network, l.address)
+		if err != nil {
+			return fmt.Errorf("--%s %q: %w", l.flag, l.address, err)
+		}
+		if l.network == "unix" {
+			// The application's user is seldom the agent's; who may reach the volume may call.
+			if err := os.Chmod(l.address, 0o666); err != nil {
+				ln.Close()
+				return fmt.Errorf("--%s %q: %w", l.flag, l.address, err)
+			}
+		}
+		a.servers = append(a.servers, server{&http.Server{
+			Handler: l.mux, ReadHeaderTimeout: headerTimeout, MaxHeaderBytes: maxHeader, IdleTimeout: time.Minute,
+			ErrorLog: zap.NewStdLog(a.log.Named("http")),
+			// No write timeout: it would cut a long drain.
+		}, ln})
+	}
+	return nil
+}
+
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// clearSocket removes the socket of an agent that was killed, and nothing else.
+func clearSocket(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Stat(filepath.Dir(path)); err != nil {
+			return fmt.Errorf("want a path in a folder that exists, such as one of an emptyDir volume: %w", err)
+		}
+		return nil
+	case err != nil:
+		return err
+	case info.Mode()&fs.ModeSocket == 0:
+		return errors.New("there is a file that is no socket")
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return errors.New("another process listens there")
+	}
+	return os.Remove(path)
+}
+
+func (a *agent) readyz(w http.ResponseWriter, _ *http.Request) {
+	if a.hook.seen.Load() {
+		fmt.Fprintln(w, "ok")
+		return
+	}
+	why := "the API server hasn't answered yet"
+	if p := a.hook.problem.Load(); p != nil {
+		why = *p
+	}
+	http.Error(w, why, http.StatusServiceUnavailable)
+}
+
+// prestop blocks until the verdict. trusted: whoever can call is in the pod.
+func (a *agent) prestop(trusted bool) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodPost {
+			w.Header().Set("Allow", "GET, POST")
+			answer(w, http.StatusMethodNotAllowed, api.Error{Error: fmt.Sprintf("method %s: want GET or POST", r.Method)})
+			return
+		}
+		if why, ok := a.admit(r, trusted); !ok {
+			a.refuse(r, why)
+			answer(w, http.StatusForbidden, api.Error{Error: "refused: " + why})
+			return
+		}
+		a.hook.accepted.Add(1)
+		a.log.Info("hook call", zap.String("from", r.RemoteAddr), zap.String("agent", r.UserAgent()))
+		// The caller going away ends this wait, and never the drain.
+		v, err := a.machine.Stop(r.Context(), lifecycle.CauseHook)
+		if err != nil {
+			a.log.Warn("hook caller went away before the verdict", zap.String("from", r.RemoteAddr))
+			return
+		}
+		answer(w, http.StatusOK, verdict(v))
+	}
+}
+
+// admit says whether a call is the kubelet's, by a token or by what it would be calling for.
+func (a *agent) admit(r *http.Request, trusted bool) (why string, ok bool) {
+	if trusted {
+		return "", true
+	}
+	token := r.Header.Get(api.TokenHeader)
+	if a.cfg.HookToken != "" && subtle.ConstantTimeCompare([]byte(token), []byte(a.cfg.HookToken)) == 1 {
+		return "", true
+	}
+	if token != "" {
+		return "the token in " + api.TokenHeader + " is wrong", false
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), catchUp)
+	defer cancel()
+	ending := func(s lifecycle.Status) bool {
+		p := s.Observation.Pod
+		return p.Terminating || p.Disrupted || p.Gone
+	}
+	if a.machine.Await(ctx, ending) {
+		return "", true
+	}
+	return "the Pod is not being deleted, and the call carries no token in " + api.TokenHeader, false
+}
+
+func (a *agent) refuse(r *http.Request, why string) {
+	n := a.hook.refused.Add(1)
+	now, last := time.Now().UnixNano(), a.hook.lastRefusal.Load()
+	if (last == 0 || now-last > int64(refusalsEvery)) && a.hook.lastRefusal.CompareAndSwap(last, now) {
+		a.log.Warn("hook call refused", zap.String("from", r.RemoteAddr), zap.String("agent", r.UserAgent()), zap.String("why", why), zap.Int64("refused", n))
+	}
+}
+
+func answer(w http.ResponseWriter, code int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	enc.Encode(body) // a caller that is gone is no error
+}
