@@ -18,8 +18,9 @@ import (
 // sweep ends every process of the cluster in dir and undoes what it did to the machine. It needs no state but the folder
 // itself: what the state file adds is the machine's former settings. So it serves Down and a crash alike.
 //
-// Containers are killed, not stopped: at the end nobody is left to see them go gracefully, and after a crash there is no kubelet to do it.
-// What is not found by a process id that was written down can't be missed by a crash that came before the writing.
+// Containers are killed, not stopped: at the end nobody is left to see them go gracefully, and after a crash there is no
+// kubelet to do it. Processes are found by what they are and not by ids that were written down, since a crash may come between
+// a start and the writing.
 func sweep(ctx context.Context, dir string, s *state) error {
 	ids := containerIDs(dir)
 	sockets := shimSockets(dir)
