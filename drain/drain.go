@@ -246,11 +246,8 @@ func (d *Drainer) Wait(ctx context.Context, notBefore time.Time) Result {
 	}
 }
 
-// decide is the rule of the wait.
+// decide is the rule of the wait. floor is not before notBefore.
 func (d *Drainer) decide(states []standing, now, notBefore, floor time.Time) (Outcome, bool) {
-	if now.Before(notBefore) {
-		return "", false
-	}
 	o := Quiet
 	for i := range states {
 		s := &states[i]
@@ -279,7 +276,7 @@ func (d *Drainer) note(s *standing, r report) {
 	if s.err != nil && !errors.Is(s.err, errNotSampled) {
 		d.log.Info("in-flight source known again", zap.String("source", s.Name))
 	}
-	moved := s.Samples > 0 && r.sample.Activity != s.activity
+	moved := r.sample.Activity != s.activity
 	s.err, s.Err, s.activity = nil, "", r.sample.Activity
 	s.InFlight, s.Unsure, s.Connections = r.sample.InFlight, r.sample.Unsure, r.sample.Connections
 	s.Peak, s.PeakUnsure = max(s.Peak, s.InFlight), max(s.PeakUnsure, s.Unsure)

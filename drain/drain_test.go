@@ -102,6 +102,14 @@ func TestWait(t *testing.T) {
 				return Sample{}, nil
 			}},
 			outcome: Quiet, took: 2500 * time.Millisecond},
+		{name: "what a source saw before it failed is no part of the quiet period",
+			sources: []func(time.Duration) (Sample, error){func(since time.Duration) (Sample, error) {
+				if since >= 850*time.Millisecond && since < 1200*time.Millisecond {
+					return Sample{}, errBroken
+				}
+				return Sample{}, nil
+			}},
+			outcome: Quiet, took: 1700 * time.Millisecond},
 		{name: "a negative count is unknown",
 			sources: []func(time.Duration) (Sample, error){always(Sample{InFlight: -1})},
 			outcome: Floor, took: 5 * time.Second},
@@ -156,6 +164,18 @@ func TestWaitSamplesOnceMoreWhenTheSettleTimeEnds(t *testing.T) {
 		r := d.Wait(t.Context(), time.Now().Add(1030*time.Millisecond))
 		if r.Outcome != Quiet || r.Took < 3500*time.Millisecond {
 			t.Errorf("%s after %v, want quiet not before 3.5s", r.Outcome, r.Took)
+		}
+	})
+}
+
+func TestWaitEndsWithASettleTimeThatIsNoMultipleOfTheInterval(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, err := New(Config{Sources: []Source{newFake("a", busyUntil(0, 0))}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := d.Wait(t.Context(), time.Now().Add(1030*time.Millisecond)); r.Outcome != Quiet || r.Took != 1030*time.Millisecond {
+			t.Errorf("%s after %v, want quiet after 1.03s", r.Outcome, r.Took)
 		}
 	})
 }
