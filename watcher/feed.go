@@ -44,6 +44,7 @@ type feed[T any] struct {
 	items    map[string]T
 	synced   bool
 	failures map[string]failure // by verb
+	worked   string             // the verb whose answer the next Replace brings
 }
 
 // failure is why a list or watch doesn't work.
@@ -121,6 +122,7 @@ func (f *feed[T]) Replace(objs []any, _ string) error {
 		f.put(items, m.GetName(), obj.(runtime.Object))
 	}
 	f.items, f.synced = items, true
+	f.recovered(f.worked)
 	f.mu.Unlock()
 	f.notify()
 	return nil
@@ -143,7 +145,7 @@ func (f *feed[T]) ListWithContext(ctx context.Context, opts metav1.ListOptions) 
 	}
 	ctx, trip := withTrip(ctx)
 	obj, err := f.request(&opts).Do(ctx).Get()
-	f.report(ctx, "list", err, trip.err)
+	f.report(ctx, "list", true, err, trip.err)
 	return obj, err
 }
 
@@ -151,7 +153,7 @@ func (f *feed[T]) WatchWithContext(ctx context.Context, opts metav1.ListOptions)
 	opts.Watch = true
 	ctx, trip := withTrip(ctx)
 	w, err := f.request(&opts).Watch(ctx)
-	f.report(ctx, "watch", err, trip.err)
+	f.report(ctx, "watch", opts.SendInitialEvents != nil, err, trip.err)
 	return w, err
 }
 
@@ -171,8 +173,9 @@ func (f *feed[T]) request(opts *metav1.ListOptions) *rest.Request {
 	return f.client.Get().Namespace(f.namespace).Resource(f.resource).VersionedParams(opts, metav1.ParameterCodec)
 }
 
-// report remembers how a call ended. A watch that works clears all failures: it needs no list, or comes after one.
-func (f *feed[T]) report(ctx context.Context, verb string, err, tripErr error) {
+// report remembers how a call ended. When it is one that brings the whole state, its failures are over only with that
+// state, so that nobody sees the old one and no problem.
+func (f *feed[T]) report(ctx context.Context, verb string, whole bool, err, tripErr error) {
 	if ctx.Err() != nil || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
 		return // stopped, or the reflector lists anew at once
 	}
@@ -182,23 +185,29 @@ func (f *feed[T]) report(ctx context.Context, verb string, err, tripErr error) {
 		err = tripErr
 	}
 	f.mu.Lock()
-	before := len(f.failures)
-	switch old, failed := f.failures[verb]; {
-	case err == nil && verb == "watch":
-		clear(f.failures)
+	defer f.mu.Unlock()
+	switch {
+	case err == nil && whole:
+		f.worked = verb
 	case err == nil:
-		delete(f.failures, verb)
-	case failed && old.lost && lost: // the first cause and its time stay
-		f.mu.Unlock()
-		return
+		f.recovered(verb)
+	case lost && f.failures[verb].lost: // the first cause and its time stay
 	default:
 		f.failures[verb] = failure{err: err, lost: lost, since: time.Now()}
-	}
-	changed := before > 0 || len(f.failures) > 0
-	f.mu.Unlock()
-	if changed {
 		f.notify()
 	}
+}
+
+// recovered forgets failures of that verb. A watch that works needs no list, or comes after one.
+func (f *feed[T]) recovered(verb string) {
+	if len(f.failures) == 0 {
+		return
+	}
+	delete(f.failures, verb)
+	if verb == "watch" {
+		clear(f.failures)
+	}
+	f.notify()
 }
 
 // problems adds what is wrong to p.

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	"usher.dev/usher/lifecycle"
@@ -115,6 +116,42 @@ func TestMissingPermissionIsNamed(t *testing.T) {
 			r.until("watch is named", problem(`RBAC lacks "watch" `+c.want))
 			a.set(func() { clear(a.forbidden) })
 			r.until("ready, no problem", func(o lifecycle.Observation) bool { return ready(o) && healthy(o) && o.Pod.Known })
+		})
+	}
+}
+
+func TestProblemIsOverOnlyWithTheStateThatWasMissed(t *testing.T) {
+	for _, c := range []struct {
+		name, verb   string
+		whole        bool
+		over, synced []string // what is left after the call, and after its answer
+	}{
+		{"streaming list", "watch", true, []string{"list", "watch"}, nil},
+		{"list", "list", true, []string{"list", "watch"}, []string{"watch"}},
+		{"watch after a list", "watch", false, nil, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := &feed[podInfo]{query: query{resource: "pods", namespace: "shop"}, reduce: reducePod, notify: func() {}, failures: map[string]failure{}}
+			denied := apierrors.NewForbidden(corev1.Resource("pods"), "", nil)
+			f.report(t.Context(), "list", true, denied, nil)
+			f.report(t.Context(), "watch", false, denied, nil)
+			left := func(want []string) {
+				t.Helper()
+				var p problems
+				f.problems(&p)
+				for i, verb := range want {
+					want[i] = `RBAC lacks "` + verb + `" on pods in namespace "shop"`
+				}
+				if !slices.Equal(p.list(), want) {
+					t.Errorf("problems are %q, want %q", p.list(), want)
+				}
+			}
+			f.report(t.Context(), c.verb, c.whole, nil, nil)
+			left(c.over)
+			if err := f.Replace([]any{pod()}, "1"); err != nil {
+				t.Fatal(err)
+			}
+			left(c.synced)
 		})
 	}
 }
