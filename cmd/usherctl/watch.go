@@ -56,9 +56,12 @@ is one object a line, with -o yaml one document for each change.`,
 	}
 }
 
+const timeFormat = "2006-01-02 15:04:05.000"
+
 type changePrinter struct {
 	*app
 	synced, any bool
+	first       [][]string // the table's rows until synced, so that its columns fit
 	widths      []int
 }
 
@@ -78,8 +81,10 @@ func (p *changePrinter) print(e registry.Event, now time.Time) error {
 		if !p.any {
 			p.nothingFound("; waiting for changes")
 		}
-		return nil
+		return p.flush()
 	}
+	first := !p.any
+	p.any = true
 	c := change{Time: now.UTC(), Type: "MODIFIED", Initial: !p.synced, Item: newItem(e.Entry)}
 	if e.Old != nil {
 		c.From = e.Old.Record.State
@@ -122,31 +127,44 @@ func (p *changePrinter) print(e registry.Event, now time.Time) error {
 		}
 		return p.line(append(cells, detail))
 	}
-	if !p.any && !p.noHeaders {
+	if first && !p.noHeaders {
 		if err := row("TIME", "NAMESPACE", "NAME", "SERVICE", "CHANGE", "ADDRESS", "NODE", "DETAIL"); err != nil {
 			return err
 		}
 	}
-	p.any = true
-	return row(at.Local().Format("2006-01-02 15:04:05.000"), orNone(e.Entry.Namespace), orNone(e.Entry.Pod), orNone(e.Entry.Service),
+	return row(at.Local().Format(timeFormat), orNone(e.Entry.Namespace), orNone(e.Entry.Pod), orNone(e.Entry.Service),
 		c.Change, addresses(r, 0), orNone(r.Node), orNone(detail))
 }
 
-// line pads each column to the widest cell so far, since what comes can't be known. It starts from what is usual.
+// line pads each column to the widest cell so far, since what comes can't be known.
 func (p *changePrinter) line(cells []string) error {
 	if p.widths == nil {
-		p.widths = make([]int, len(cells))
+		p.widths = make([]int, len(cells)-1)
+		p.widths[0] = len(timeFormat)
 	}
-	var b strings.Builder
-	for i, cell := range cells {
-		if i == len(cells)-1 {
-			b.WriteString(cell)
-			break
+	for i := range p.widths {
+		p.widths[i] = max(p.widths[i], len(cells[i]))
+		if cells[i] == "CHANGE" {
+			p.widths[i] = len("Draining -> Released") // the longest that is usual
 		}
-		p.widths[i] = max(p.widths[i], len(cell), 8)
-		fmt.Fprintf(&b, "%-*s   ", p.widths[i], cell)
 	}
-	_, err := fmt.Fprintln(p.stdout, b.String())
+	p.first = append(p.first, cells)
+	if !p.synced {
+		return nil
+	}
+	return p.flush()
+}
+
+func (p *changePrinter) flush() error {
+	var b strings.Builder
+	for _, cells := range p.first {
+		for i, width := range p.widths {
+			fmt.Fprintf(&b, "%-*s   ", width, cells[i])
+		}
+		b.WriteString(cells[len(cells)-1] + "\n")
+	}
+	p.first = nil
+	_, err := fmt.Fprint(p.stdout, b.String())
 	return err
 }
 
