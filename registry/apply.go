@@ -29,7 +29,7 @@ type plan struct {
 
 // apply makes etcd match d. A problem is what only others can mend (a foreign value, a rival, a rule that the instance
 // breaks): around it, everything else has been written.
-func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
+func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, err error) {
 	if r.s.cli == nil {
 		cli, err := r.cfg.Dial()
 		if err != nil {
@@ -39,7 +39,7 @@ func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
 	}
 	for range maxRounds {
 		if r.s.lease == 0 {
-			if err := r.grant(); err != nil {
+			if err := r.grant(ctx); err != nil {
 				return nil, err
 			}
 		}
@@ -49,7 +49,7 @@ func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
 		}
 		keys := r.keys(plans)
 		if r.s.stale {
-			resp, err := r.commit(nil, gets(keys), nil)
+			resp, err := r.commit(ctx, nil, gets(keys), nil)
 			if err != nil {
 				return nil, fmt.Errorf("reading from etcd: %w", err)
 			}
@@ -65,7 +65,7 @@ func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
 			r.rewatch(keys)
 			return problem, nil
 		}
-		resp, err := r.commit(ifs, then, gets(keys))
+		resp, err := r.commit(ctx, ifs, then, gets(keys))
 		switch {
 		case errors.Is(err, rpctypes.ErrLeaseNotFound):
 			r.loseLease()
@@ -95,12 +95,15 @@ func (r *Registrar) apply(d lifecycle.Desired) (problem, err error) {
 	return nil, errors.New("the records change faster than they can be written")
 }
 
-func (r *Registrar) commit(ifs []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
-	ctx, cancel := context.WithTimeout(r.s.live, requestTimeout)
+func (r *Registrar) commit(ctx context.Context, ifs []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	r.Counters.Transactions.Add(1)
 	resp, err := r.s.cli.Txn(ctx).If(ifs...).Then(then...).Else(otherwise...).Commit()
 	if err == nil {
+		if resp.Header.Revision < r.s.revision {
+			r.unwatch() // etcd lost its data: the watch waits for a revision that is far off
+		}
 		r.s.revision = resp.Header.Revision
 	}
 	return resp, err
@@ -174,11 +177,19 @@ func (r *Registrar) keys(plans []plan) []string {
 func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem error) {
 	want = map[string]*string{}
 	ours := maps.Clone(r.s.leases)
+	frozen := map[string]bool{}
 	for _, p := range plans {
 		problem = errors.Join(problem, p.refused)
 		predecessor, err := r.claim(p)
 		if err != nil {
 			problem = errors.Join(problem, err)
+			if errors.Is(err, ErrForeign) {
+				// Without the ledger nothing is written, but what is advertised stays: a stranger's slip there is no
+				// reason to take a ready instance from its consumers.
+				for key := range p.wanted {
+					frozen[key] = true
+				}
+			}
 			continue
 		}
 		if predecessor.PodUID == r.cfg.PodUID {
@@ -204,7 +215,7 @@ func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem er
 	// What this process or its predecessor wrote and nobody wants any more goes. That holds beside a rival too: a lease
 	// of ours is never a rival's.
 	for key, kn := range r.s.known {
-		if _, ok := want[key]; !ok && kn.rev != 0 && ours[kn.lease] {
+		if _, ok := want[key]; !ok && !frozen[key] && kn.rev != 0 && ours[kn.lease] {
 			want[key] = nil
 		}
 	}

@@ -31,6 +31,8 @@ const (
 	maxBackoff     = 5 * time.Second
 	// lostLeaseSpread spreads the return of agents that all lost their leases in one etcd outage.
 	lostLeaseSpread = time.Second
+	// minPause keeps somebody who changes a watched key all the time from being answered at his own pace.
+	minPause = 50 * time.Millisecond
 	// verifyEvery bounds how long a change goes unseen that the watch missed.
 	verifyEvery = time.Minute
 )
@@ -78,7 +80,8 @@ type Registrar struct {
 	desired *lifecycle.Desired
 	gen     uint64        // of desired
 	applied uint64        // generation that etcd was last seen to match
-	lastErr error         // of the last attempt
+	said    error         // of the last attempt: all that is not as desired
+	kept    error         // of the last attempt: what kept it from being carried out
 	changed chan struct{} // closed and replaced at each change of these
 
 	wake chan struct{} // Set was called
@@ -101,9 +104,15 @@ type session struct {
 
 	stopWatch context.CancelFunc
 	watched   []string
-	events    chan int64 // mod revision of a change seen on a watched key; 0: the watch itself broke
+	events    chan event // of the present watch
 
 	status lifecycle.RegistryStatus
+}
+
+// event is what a watch has seen.
+type event struct {
+	rev int64 // mod revision of a change
+	err error // the watch itself broke
 }
 
 type known struct {
@@ -152,7 +161,6 @@ func New(cfg Config) (*Registrar, error) {
 			leases: map[clientv3.LeaseID]bool{},
 			known:  map[string]known{},
 			held:   map[string]bool{},
-			events: make(chan int64, 16),
 		},
 	}, nil
 }
@@ -198,7 +206,8 @@ func (r *Registrar) Set(d lifecycle.Desired) {
 	}
 }
 
-// Sync waits until etcd matches what was last set. When ctx ends first, the error is what kept it, or ctx's.
+// Sync waits until etcd matches what was last set; what has to be left alone doesn't count. When ctx ends first, the
+// error is ctx's and what kept it, if an attempt has failed.
 func (r *Registrar) Sync(ctx context.Context) error {
 	r.mu.Lock()
 	want := r.gen
@@ -207,13 +216,13 @@ func (r *Registrar) Sync(ctx context.Context) error {
 			r.mu.Unlock()
 			return nil
 		}
-		changed, last := r.changed, r.lastErr
+		changed, kept := r.changed, r.kept
 		r.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			if last != nil {
-				return last
+			if kept != nil {
+				return fmt.Errorf("%w (%w)", kept, context.Cause(ctx))
 			}
 			return fmt.Errorf("etcd has not answered: %w", context.Cause(ctx))
 		}
@@ -226,7 +235,8 @@ func (r *Registrar) broadcast() {
 	r.changed = make(chan struct{})
 }
 
-// Run keeps etcd as desired until ctx ends, then revokes the lease and with it whatever is left.
+// Run keeps etcd as desired until ctx ends, then revokes the lease and with it whatever is left. That takes at most 2 s,
+// and as long again as Dial takes if it is under way.
 func (r *Registrar) Run(ctx context.Context) error {
 	live, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -235,11 +245,8 @@ func (r *Registrar) Run(ctx context.Context) error {
 	defer verify.Stop()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
-	backoff := firstBackoff
-	again := func() {
-		retry.Reset(backoff/2 + mrand.N(backoff))
-		backoff = min(2*backoff, maxBackoff)
-	}
+	var attempts, watches pause
+	var last time.Time // attempt
 
 	for {
 		select {
@@ -247,35 +254,56 @@ func (r *Registrar) Run(ctx context.Context) error {
 			r.end()
 			return nil
 		case <-r.wake:
-			backoff = firstBackoff
+			attempts.reset()
 		case <-r.s.lost:
 			r.loseLease()
 			retry.Reset(mrand.N(lostLeaseSpread))
 			continue
-		case rev := <-r.s.events:
-			if rev == 0 {
+		case ev := <-r.s.events:
+			if ev.err != nil {
+				if watches.fresh() {
+					r.log.Warn("watch broken, reading and watching anew", zap.Error(ev.err))
+				}
 				r.unwatch()
 				r.s.stale = true
-				again()
+				retry.Reset(watches.next())
 				continue
 			}
-			if rev <= r.s.revision {
+			watches.reset()
+			if ev.rev <= r.s.revision {
 				continue // our own writing
 			}
 			r.s.stale = true
+			if wait := minPause - time.Since(last); wait > 0 {
+				retry.Reset(wait)
+				continue
+			}
 		case <-verify.C:
 			r.s.stale = true
 		case <-retry.C:
 			r.s.stale = true
 		}
 		retry.Stop()
-		if r.converge() {
-			backoff = firstBackoff
+		if r.converge(ctx) {
+			attempts.reset()
 		} else {
 			r.Counters.Failures.Add(1)
-			again()
+			retry.Reset(attempts.next())
 		}
+		last = time.Now()
 	}
+}
+
+// pause is the next one before jitter; 0 means firstBackoff.
+type pause time.Duration
+
+func (p *pause) reset()      { *p = 0 }
+func (p *pause) fresh() bool { return *p == 0 }
+
+func (p *pause) next() time.Duration {
+	d := max(time.Duration(*p), firstBackoff)
+	*p = pause(min(2*d, maxBackoff))
+	return d/2 + mrand.N(d)
 }
 
 // end revokes the lease, best effort: what is left goes with it now instead of a TTL later.
@@ -295,20 +323,23 @@ func (r *Registrar) end() {
 	r.s.cli.Close()
 }
 
-// converge makes etcd match what is desired, once, and says whether it does.
-func (r *Registrar) converge() bool {
+// converge makes etcd match what is desired, once, and says whether it does. It gives up when ctx ends.
+func (r *Registrar) converge(ctx context.Context) bool {
 	r.mu.Lock()
 	d, gen := r.desired, r.gen
 	r.mu.Unlock()
 	if d == nil {
 		return true
 	}
-	problem, err := r.apply(*d)
+	problem, err := r.apply(ctx, *d)
+	if err != nil && ctx.Err() != nil {
+		return false // the end, not a failure
+	}
 	now := errors.Join(problem, err)
 
 	r.mu.Lock()
-	before := r.lastErr
-	r.lastErr = now
+	before := r.said
+	r.said, r.kept = now, err
 	if err == nil {
 		r.applied = gen // a problem is nothing that waiting would mend
 	}
@@ -353,8 +384,8 @@ func (r *Registrar) publish(err error) {
 }
 
 // grant gets a lease and keeps it alive.
-func (r *Registrar) grant() error {
-	ctx, cancel := context.WithTimeout(r.s.live, requestTimeout)
+func (r *Registrar) grant(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	resp, err := r.s.cli.Grant(ctx, int64(r.cfg.TTL/time.Second))
 	if err != nil {
@@ -391,10 +422,10 @@ func (r *Registrar) loseLease() {
 	r.Counters.LeasesLost.Add(1)
 	r.forgetLease()
 	r.s.stale = true
+	err := errors.New("the lease was lost")
 	r.mu.Lock()
-	r.lastErr = errors.New("the lease was lost")
+	r.said, r.kept = err, err
 	r.broadcast()
-	err := r.lastErr
 	r.mu.Unlock()
 	r.publish(err)
 }
@@ -406,25 +437,29 @@ func (r *Registrar) rewatch(keys []string) {
 	}
 	r.unwatch()
 	ctx, stop := context.WithCancel(r.s.live)
-	r.s.stopWatch, r.s.watched = stop, keys
-	cli, from, events := r.s.cli, r.s.revision+1, r.s.events
+	// A channel of its own, so that nothing of an earlier watch is taken for this one's.
+	events := make(chan event, 16)
+	r.s.stopWatch, r.s.watched, r.s.events = stop, keys, events
+	cli, from := r.s.cli, r.s.revision+1
 	for _, key := range keys {
 		go func() {
-			tell := func(rev int64) {
+			tell := func(ev event) {
 				select {
-				case events <- rev:
+				case events <- ev:
 				case <-ctx.Done():
 				}
 			}
+			err := errors.New("ended")
 			for resp := range cli.Watch(ctx, key, clientv3.WithRev(from)) {
 				if resp.Err() != nil {
+					err = resp.Err()
 					break
 				}
 				for _, ev := range resp.Events {
-					tell(ev.Kv.ModRevision)
+					tell(event{rev: ev.Kv.ModRevision})
 				}
 			}
-			tell(0)
+			tell(event{err: fmt.Errorf("watching %s: %w", key, err)})
 		}()
 	}
 }
@@ -433,5 +468,5 @@ func (r *Registrar) unwatch() {
 	if r.s.stopWatch != nil {
 		r.s.stopWatch()
 	}
-	r.s.stopWatch, r.s.watched = nil, nil
+	r.s.stopWatch, r.s.watched, r.s.events = nil, nil, nil
 }

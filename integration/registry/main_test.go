@@ -38,6 +38,7 @@ type world struct {
 	t    *testing.T
 	etcd *etcdtest.Server
 	cli  *clientv3.Client
+	auth bool // cli is root
 
 	mu     sync.Mutex
 	byHand map[int64]bool // revisions
@@ -52,6 +53,9 @@ func newWorld(t *testing.T) *world {
 
 // check holds everything that was ever written against the registrar's invariants.
 func (w *world) check() {
+	if w.auth {
+		w.cli = w.etcd.ClientAs("root", "root") // the test's own is closed by now
+	}
 	for _, ev := range w.history("") {
 		rev := ev.Kv.ModRevision
 		if ev.Type != clientv3.EventTypePut || w.byHand[rev] {
@@ -181,7 +185,7 @@ type spec struct {
 	port     string
 	services []string
 	conn     registry.Connection
-	dial     func(*clientv3.Config) // last changes to the client
+	wrap     func(*clientv3.Client) // last changes to the client
 }
 
 // agent is a registrar that runs.
@@ -252,6 +256,9 @@ func (w *world) start(s spec) *agent {
 
 func (a *agent) dial() (*clientv3.Client, error) {
 	c, err := a.spec.conn.Dial(nil)
+	if err == nil && a.spec.wrap != nil {
+		a.spec.wrap(c)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.client = c
