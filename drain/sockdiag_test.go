@@ -311,6 +311,7 @@ func TestSockdiagStreamIsWaitedFor(t *testing.T) {
 	if r := d.Wait(ctx, time.Now()); r.Outcome != Quiet || !released {
 		t.Errorf("%s after %v, stream over: %v; want quiet after the stream's end", r.Outcome, r.Took, released)
 	}
+	a.open()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
@@ -324,6 +325,7 @@ func TestSockdiagUploadIsOwed(t *testing.T) {
 		t.Fatal(err)
 	}
 	body, feed := io.Pipe()
+	t.Cleanup(func() { feed.Close() })
 	done := make(chan error, 1)
 	go func() {
 		resp, err := c.Post(a.URL+"/upload", "application/octet-stream", body)
