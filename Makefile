@@ -1,0 +1,54 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-unit test-integration check fmt cluster cluster-down bench clean deps
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+MODULES := . integration integration/cluster/pins/kubernetes integration/cluster/pins/etcd tools
+CODE    := . integration
+LINT    := go tool -modfile=$(CURDIR)/tools/go.mod staticcheck
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build bin/usher-agent, bin/usher-prestop and bin/usherctl
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+demo: ## Watch a rolling update lose nothing, on a real Kubernetes (root; KEEP=1 leaves the cluster up)
+	@cd integration && go run ./cmd/demo $(if $(KEEP),--keep)
+
+test: test-unit test-integration ## Run every test: unit, on a real etcd, end to end on a real Kubernetes
+
+test-unit: deps ## Run the unit tests
+	go test -race ./...
+
+test-integration: deps ## Run the tests on a real etcd and, as root, on a real Kubernetes
+	@[ $$(id -u) = 0 ] || echo 'The tests on a real Kubernetes are left out: they need root.'
+	cd integration && go test -race -p 1 -timeout 30m ./...
+
+check: ## Check format, vet, lint, go.mod and the import rules
+	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
+	@for m in $(CODE); do echo "vet and lint: $$m"; (cd $$m && go vet ./... && $(LINT) ./...); done
+	@for m in $(MODULES); do echo "tidy: $$m"; (cd $$m && go mod tidy -diff); done
+	go test -run 'Import|GlobalState' .
+
+fmt: ## Format the code
+	gofmt -w $$(git ls-files '*.go')
+
+cluster: ## Bring a real Kubernetes and a registry up, and print how to use them (root)
+	@cd integration && go run ./cmd/cluster up
+
+cluster-down: ## Take them down
+	@cd integration && go run ./cmd/cluster down
+
+bench: ## Measure the figures that README and the targets speak of (root)
+	@cd integration && go run ./cmd/bench
+
+clean: ## Remove what was built
+	rm -rf bin
+
+# The race detector needs a C compiler.
+deps:
+	@command -v gcc >/dev/null || { [ $$(id -u) = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; } \
+		|| { echo 'gcc is missing: install it, or run this as root on Debian' >&2; exit 1; }
