@@ -101,8 +101,8 @@ func newScheme() *runtime.Scheme {
 // yet. It is 0 as long as the answers allow for that.
 func (c *Client) ClockSkew() (time.Duration, bool) { return c.clock.skew() }
 
-// roundTripper reads the clock off each answer, and tells who asked how the connection fared: client-go hides EOF and
-// time-outs of a watch behind an empty, successful one.
+// roundTripper reads the clock off each answer, and tells who asked how the connection fared: client-go tries again by
+// itself for a minute or two before it says so, and then hides EOF and time-outs of a watch behind an empty, successful one.
 type roundTripper struct {
 	next  http.RoundTripper
 	clock *serverClock
@@ -112,7 +112,7 @@ func (r *roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	sent := time.Now()
 	resp, err := r.next.RoundTrip(req)
 	if t, ok := req.Context().Value(tripKey{}).(*trip); ok {
-		t.err = err
+		t.ended(err)
 	}
 	if err == nil {
 		if date, perr := http.ParseTime(resp.Header.Get("Date")); perr == nil {
@@ -125,12 +125,21 @@ func (r *roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 // WrappedRoundTripper lets client-go find the transport below.
 func (r *roundTripper) WrappedRoundTripper() http.RoundTripper { return r.next }
 
-// trip is how the last round trip of one call ended. The call and its round trips run one after the other.
-type trip struct{ err error }
+// trip follows the round trips of one call, which run one after the other.
+type trip struct {
+	err  error       // of the last one
+	lost func(error) // called for each one that got no answer
+}
 
 type tripKey struct{}
 
-func withTrip(ctx context.Context) (context.Context, *trip) {
-	t := &trip{}
+func withTrip(ctx context.Context, lost func(error)) (context.Context, *trip) {
+	t := &trip{lost: lost}
 	return context.WithValue(ctx, tripKey{}, t), t
+}
+
+func (t *trip) ended(err error) {
+	if t.err = err; err != nil {
+		t.lost(err)
+	}
 }

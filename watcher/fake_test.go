@@ -48,6 +48,7 @@ type api struct {
 	served     map[string]int                       // requests, by description
 	hold       chan struct{}                        // lists and streaming lists wait until it is closed
 	holdCreate bool
+	hangup     bool // connections are closed without an answer
 	created    []*corev1.Event
 
 	server *http.Server
@@ -198,6 +199,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	a.served[verb+" "+resource]++
 	forbidden := a.forbidden[verb+" "+resource]
 	noStream := a.plainList && q.Get("sendInitialEvents") != ""
+	hangup := a.hangup
 	hold, stop, holdCreate := a.hold, a.stop, a.holdCreate
 	a.mu.Unlock()
 	gr := schema.GroupResource{Resource: resource}
@@ -205,6 +207,8 @@ func (a *api) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		gr.Group = discoveryv1.GroupName
 	}
 	switch {
+	case hangup:
+		panic(http.ErrAbortHandler)
 	case forbidden:
 		a.fail(w, req, http.StatusForbidden, metav1.StatusReasonForbidden, gr.String()+" is forbidden")
 		return

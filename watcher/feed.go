@@ -36,7 +36,7 @@ type query struct {
 // dropped. It is the reflector's store, and remembers why the API server doesn't answer.
 type feed[T any] struct {
 	query
-	reduce func(obj runtime.Object, prev *T) T
+	reduce func(runtime.Object) T
 	notify func()
 	stop   context.CancelFunc
 
@@ -50,8 +50,8 @@ type feed[T any] struct {
 // failure is why a list or watch doesn't work.
 type failure struct {
 	err   error
-	lost  bool // no answer at all
-	since time.Time
+	lost  bool      // no answer at all
+	since time.Time // when it was first lost
 }
 
 // backoff is the wait between tries: 0.1 to 0.2 s at first, 15 to 30 s at last. client-go's default starts at 0.8 s,
@@ -60,9 +60,8 @@ func backoff() *wait.Backoff {
 	return &wait.Backoff{Duration: 100 * time.Millisecond, Factor: 2, Jitter: 1, Cap: 15 * time.Second, Steps: 20}
 }
 
-// startFeed runs a feed until ctx ends or stop is called. reduce gets the object and what the same name was reduced to
-// before, if any.
-func startFeed[T any](ctx context.Context, q query, notify func(), reduce func(runtime.Object, *T) T) *feed[T] {
+// startFeed runs a feed until ctx ends or stop is called.
+func startFeed[T any](ctx context.Context, q query, notify func(), reduce func(runtime.Object) T) *feed[T] {
 	ctx, stop := context.WithCancel(ctx)
 	f := &feed[T]{query: q, reduce: reduce, notify: notify, stop: stop, failures: map[string]failure{}}
 	r := cache.NewReflectorWithOptions(f, q.example, f, cache.ReflectorOptions{Name: q.resource, Backoff: backoff()})
@@ -90,7 +89,7 @@ func (f *feed[T]) Add(obj any) error {
 		return err
 	}
 	f.mu.Lock()
-	f.put(f.items, m.GetName(), obj.(runtime.Object))
+	f.items[m.GetName()] = f.reduce(obj.(runtime.Object))
 	f.mu.Unlock()
 	f.notify()
 	return nil
@@ -112,15 +111,14 @@ func (f *feed[T]) Delete(obj any) error {
 
 func (f *feed[T]) Replace(objs []any, _ string) error {
 	items := make(map[string]T, len(objs))
-	f.mu.Lock()
 	for _, obj := range objs {
 		m, err := meta.Accessor(obj)
 		if err != nil {
-			f.mu.Unlock()
 			return err
 		}
-		f.put(items, m.GetName(), obj.(runtime.Object))
+		items[m.GetName()] = f.reduce(obj.(runtime.Object))
 	}
+	f.mu.Lock()
 	f.items, f.synced = items, true
 	f.recovered(f.worked)
 	f.mu.Unlock()
@@ -130,30 +128,26 @@ func (f *feed[T]) Replace(objs []any, _ string) error {
 
 func (f *feed[T]) Resync() error { return nil }
 
-func (f *feed[T]) put(items map[string]T, name string, obj runtime.Object) {
-	var prev *T
-	if p, ok := f.items[name]; ok {
-		prev = &p
-	}
-	items[name] = f.reduce(obj, prev)
-}
-
 func (f *feed[T]) ListWithContext(ctx context.Context, opts metav1.ListOptions) (runtime.Object, error) {
 	// "0" allows any old state that an API server happens to have cached; absence must be true here.
 	if opts.ResourceVersion == "0" {
 		opts.ResourceVersion = ""
 	}
-	ctx, trip := withTrip(ctx)
-	obj, err := f.request(&opts).Do(ctx).Get()
-	f.report(ctx, "list", true, err, trip.err)
+	tripCtx, trip := withTrip(ctx, func(err error) { f.lost(ctx, "list", err) })
+	obj, err := f.request(&opts).Do(tripCtx).Get()
+	if trip.err == nil {
+		f.report(ctx, "list", true, err)
+	}
 	return obj, err
 }
 
 func (f *feed[T]) WatchWithContext(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
-	ctx, trip := withTrip(ctx)
-	w, err := f.request(&opts).Watch(ctx)
-	f.report(ctx, "watch", opts.SendInitialEvents != nil, err, trip.err)
+	tripCtx, trip := withTrip(ctx, func(err error) { f.lost(ctx, "watch", err) })
+	w, err := f.request(&opts).Watch(tripCtx)
+	if trip.err == nil {
+		f.report(ctx, "watch", opts.SendInitialEvents != nil, err)
+	}
 	return w, err
 }
 
@@ -173,28 +167,39 @@ func (f *feed[T]) request(opts *metav1.ListOptions) *rest.Request {
 	return f.client.Get().Namespace(f.namespace).Resource(f.resource).VersionedParams(opts, metav1.ParameterCodec)
 }
 
-// report remembers how a call ended. When it is one that brings the whole state, its failures are over only with that
-// state, so that nobody sees the old one and no problem.
-func (f *feed[T]) report(ctx context.Context, verb string, whole bool, err, tripErr error) {
-	if ctx.Err() != nil || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
-		return // stopped, or the reflector lists anew at once
+// lost remembers that a call got no answer. The first cause and its time stay.
+func (f *feed[T]) lost(ctx context.Context, verb string, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ctx.Err() != nil || f.failures[verb].lost {
+		return
 	}
+	f.failures[verb] = failure{err: err, lost: true, since: time.Now()}
+	f.notify()
+}
+
+// report remembers how a call was answered. When the answer brings the whole state, its failures are over only with that
+// state, so that nobody sees the old one and no problem.
+func (f *feed[T]) report(ctx context.Context, verb string, whole bool, err error) {
 	var status apierrors.APIStatus
-	lost := tripErr != nil || err != nil && !errors.As(err, &status)
-	if tripErr != nil {
-		err = tripErr
+	switch {
+	case apierrors.IsResourceExpired(err) || apierrors.IsGone(err):
+		return // the reflector lists anew at once
+	case err != nil && !errors.As(err, &status): // the connection broke in the middle of an answer, say
+		f.lost(ctx, verb, err)
+		return
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
-	case err == nil && whole:
-		f.worked = verb
-	case err == nil:
-		f.recovered(verb)
-	case lost && f.failures[verb].lost: // the first cause and its time stay
-	default:
-		f.failures[verb] = failure{err: err, lost: lost, since: time.Now()}
+	case ctx.Err() != nil:
+	case err != nil:
+		f.failures[verb] = failure{err: err}
 		f.notify()
+	case whole:
+		f.worked = verb
+	default:
+		f.recovered(verb)
 	}
 }
 

@@ -16,7 +16,7 @@ type podInfo struct {
 	del *deletion     // nil unless being deleted
 }
 
-// deletion is what a deletion says, and when it was first seen saying so.
+// deletion is what a deletion says, and when it was seen saying so.
 type deletion struct {
 	timestamp time.Time
 	grace     time.Duration // -1 when the object has none
@@ -29,7 +29,7 @@ const defaultGrace = corev1.DefaultTerminationGracePeriodSeconds * time.Second
 // lastApplied is kubectl's copy of a whole object, which nobody reads here.
 const lastApplied = "kubectl.kubernetes.io/last-applied-configuration"
 
-func reducePod(obj runtime.Object, prev *podInfo) podInfo {
+func reducePod(obj runtime.Object) podInfo {
 	p := obj.(*corev1.Pod)
 	delete(p.Annotations, lastApplied)
 	info := podInfo{pod: lifecycle.Pod{
@@ -55,9 +55,6 @@ func reducePod(obj runtime.Object, prev *podInfo) podInfo {
 		d := deletion{timestamp: p.DeletionTimestamp.UTC(), grace: -1, seen: time.Now()}
 		if s := p.DeletionGracePeriodSeconds; s != nil {
 			d.grace = max(0, time.Duration(*s)*time.Second)
-		}
-		if prev != nil && prev.pod.UID == info.pod.UID && prev.del != nil && prev.del.timestamp.Equal(d.timestamp) && prev.del.grace == d.grace {
-			d.seen = prev.del.seen
 		}
 		info.del = &d
 	}

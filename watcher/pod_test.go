@@ -37,12 +37,12 @@ func TestPodFields(t *testing.T) {
 		p.Status.Conditions = []corev1.PodCondition{
 			{Type: corev1.PodReady, Status: corev1.ConditionTrue}, {Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue}}
 	})
-	got := reducePod(p, nil).pod
+	got := reducePod(p).pod
 	if got.Grace != 15*time.Second || got.Restarts != 7 || !got.Ready || !got.Disrupted || got.Terminating {
 		t.Errorf("got %+v", got)
 	}
 	p.Status.Conditions[0].Status, p.Status.Conditions[1].Status = corev1.ConditionUnknown, corev1.ConditionFalse
-	if got := reducePod(p, nil).pod; got.Ready || got.Disrupted {
+	if got := reducePod(p).pod; got.Ready || got.Disrupted {
 		t.Errorf("got %+v", got)
 	}
 }
@@ -183,6 +183,10 @@ func TestClockSkew(t *testing.T) {
 		c := newServerClock(base)
 		for i := range 50 {
 			answer(c, time.Duration(i)*370*time.Millisecond, 42*time.Second)
+		}
+		answer(c, 50*time.Second, 20*time.Minute)
+		if s, _ := c.skew(); s < 20*time.Minute-10*time.Millisecond || s > 20*time.Minute+1010*time.Millisecond {
+			t.Errorf("skew is %v, want about 20 min", s)
 		}
 		answer(c, time.Minute, -10*time.Second)
 		if s, _ := c.skew(); s < -10*time.Second-10*time.Millisecond || s > -9*time.Second+10*time.Millisecond {

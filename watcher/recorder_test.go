@@ -69,6 +69,25 @@ func TestEventsNeverBlockAndAreCountedWhenDropped(t *testing.T) {
 	}
 }
 
+func TestEventsThatWaitAreWrittenAtTheEnd(t *testing.T) {
+	a := newAPI(t)
+	r, err := NewRecorder(RecorderConfig{Namespace: "shop", Pod: "web-1", Client: a.client(runtime.ContentTypeJSON)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		r.Event("Normal", "Drained", "")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := r.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.created) != 5 {
+		t.Errorf("%d written", len(a.created))
+	}
+}
+
 func TestRecorderEndsInTimeWhenNobodyAnswers(t *testing.T) {
 	a := newAPI(t)
 	a.hold = make(chan struct{})

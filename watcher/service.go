@@ -16,7 +16,7 @@ import (
 // serviceInfo is what is kept of a Service.
 type serviceInfo struct{ families []family }
 
-func reduceService(obj runtime.Object, _ *serviceInfo) serviceInfo {
+func reduceService(obj runtime.Object) serviceInfo {
 	var info serviceInfo
 	for _, f := range obj.(*corev1.Service).Spec.IPFamilies {
 		switch f {

@@ -44,8 +44,8 @@ type endpointInfo struct {
 
 // reducer keeps the endpoints of a slice that may be the own one: those whose targetRef names the Pod or has its UID,
 // and, since the Pod's IPs may be learned later, those without a targetRef.
-func reducer(namespace, pod, uid string) func(runtime.Object, *sliceInfo) sliceInfo {
-	return func(obj runtime.Object, _ *sliceInfo) sliceInfo {
+func reducer(namespace, pod, uid string) func(runtime.Object) sliceInfo {
+	return func(obj runtime.Object) sliceInfo {
 		s := obj.(*discoveryv1.EndpointSlice)
 		info := sliceInfo{name: s.Name}
 		info.version, _ = strconv.ParseUint(s.ResourceVersion, 10, 64)

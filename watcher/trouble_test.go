@@ -1,10 +1,13 @@
 package watcher
 
 import (
+	"io"
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -49,6 +52,31 @@ func TestServerThatIsLostChangesNothingButProblems(t *testing.T) {
 	if len(before) > 3 {
 		t.Errorf("more than lost, back and not ready was told:%s", r.dump())
 	}
+}
+
+func TestLostServerIsToldOnceThroughAllRetries(t *testing.T) {
+	f := &feed[podInfo]{reduce: reducePod, notify: func() {}, failures: map[string]failure{}}
+	told := func() []string {
+		var p problems
+		f.problems(&p)
+		return p.list()
+	}
+	f.failures["watch"] = failure{err: syscall.ECONNREFUSED, lost: true, since: time.Unix(1000, 0)}
+	first := told()
+	f.lost(t.Context(), "watch", io.EOF)
+	if now := told(); len(now) != 1 || !slices.Equal(now, first) {
+		t.Errorf("told %q, then %q", first, now)
+	}
+}
+
+func TestServerThatClosesConnectionsWithoutAnAnswerIsLost(t *testing.T) {
+	r := online(t)
+	r.set(func() { r.hangup = true })
+	r.cut()
+	r.until("a problem", problem("can't be reached"))
+	r.set(func() { r.hangup = false })
+	r.until("no problem", healthy)
+	r.always(0, "ready", ready)
 }
 
 func TestWhatHappenedWhileTheServerWasLostIsSeenAfterwards(t *testing.T) {
@@ -133,8 +161,8 @@ func TestProblemIsOverOnlyWithTheStateThatWasMissed(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			f := &feed[podInfo]{query: query{resource: "pods", namespace: "shop"}, reduce: reducePod, notify: func() {}, failures: map[string]failure{}}
 			denied := apierrors.NewForbidden(corev1.Resource("pods"), "", nil)
-			f.report(t.Context(), "list", true, denied, nil)
-			f.report(t.Context(), "watch", false, denied, nil)
+			f.report(t.Context(), "list", true, denied)
+			f.report(t.Context(), "watch", false, denied)
 			left := func(want []string) {
 				t.Helper()
 				var p problems
@@ -146,7 +174,7 @@ func TestProblemIsOverOnlyWithTheStateThatWasMissed(t *testing.T) {
 					t.Errorf("problems are %q, want %q", p.list(), want)
 				}
 			}
-			f.report(t.Context(), c.verb, c.whole, nil, nil)
+			f.report(t.Context(), c.verb, c.whole, nil)
 			left(c.over)
 			if err := f.Replace([]any{pod()}, "1"); err != nil {
 				t.Fatal(err)

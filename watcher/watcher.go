@@ -201,7 +201,7 @@ func (w *Watcher) deadline(del *deletion, before time.Time) time.Time {
 	if del == nil {
 		return time.Time{}
 	}
-	if w.del != nil && *del == *w.del {
+	if w.del != nil && del.timestamp.Equal(w.del.timestamp) && del.grace == w.del.grace {
 		return before
 	}
 	w.del = del

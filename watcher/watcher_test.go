@@ -256,7 +256,7 @@ func TestWhichEndpointIsTheOwnOne(t *testing.T) {
 		"own UID not known yet, no targetRef": {ep("", "10.0.0.1", ""), "", true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := reducer("shop", "web-1", "u1")(slice("a", c.ep), nil)
+			s := reducer("shop", "web-1", "u1")(slice("a", c.ep))
 			if _, got := s.own(identity{uid: c.uid, ips: []netip.Addr{own}}); got != c.want {
 				t.Fatalf("taken for the own one: %v, want %v", got, c.want)
 			}
@@ -320,6 +320,10 @@ func TestLastStateStandsUntilTheWideListHasAnswered(t *testing.T) {
 	poll(t, "the wide list is asked for", func() bool { return a.count("watch endpointslices") > before })
 	if len(r.all()) != n {
 		t.Fatalf("told something while nothing is known:%s", r.dump())
+	}
+	a.put(pod(func(p *corev1.Pod) { p.Labels = map[string]string{"new": "label"} }))
+	if o := r.until("the label", func(o lifecycle.Observation) bool { return len(o.Pod.Labels) == 1 }); !ready(o) {
+		t.Fatal("absent before the wide list has answered")
 	}
 	a.set(func() { a.hold = nil })
 	close(hold)
