@@ -12,7 +12,7 @@
 //
 //	Pending --ready--> Online <--ready / not ready--> Offline
 //	any state --preStop, own Pod terminating, SIGTERM--> Draining --quiet or deadline--> Released --SIGTERM--> Stopped
-//	Released, and the Pod is not being deleted (the kubelet restarted the container) --ready again--> Online
+//	Released, and the Pod is not being deleted --container restarted and ready, or grace over and ready--> Online
 //
 // # The end of an instance
 //
@@ -30,5 +30,5 @@
 //  2. One goroutine writes the state ([Machine.Run]); everybody else sends to it.
 //  3. There is one shutdown at a time: every trigger joins the one under way and gets its verdict.
 //  4. Whatever fails makes a shutdown shorter, never longer, and shows in its verdict.
-//  5. A deadline only ever moves closer.
+//  5. While a shutdown is under way, its latest moment of release only ever moves closer.
 package lifecycle

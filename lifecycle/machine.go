@@ -390,7 +390,7 @@ func (m *Machine) record(t Transition) {
 func (m *Machine) publish() {
 	st := Status{
 		State: m.state, Since: m.since, Cause: m.cause, Observation: m.obs, Registry: m.registry, Verdict: m.verdict,
-		Trail: slices.Clone(m.trail),
+		Trail: slices.Clip(m.trail), // of which no entry is ever changed
 	}
 	if m.current != nil && !m.current.released() {
 		st.Deadline = m.current.release

@@ -106,7 +106,7 @@ func TestInstanceThatNobodyRestartedIsBackWhenTheGraceIsOver(t *testing.T) {
 				r.await(r.hook())
 				time.Sleep(time.Until(r.after(tc.want)) - 1)
 				r.wantState(lifecycle.Released)
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				r.wantState(lifecycle.Online)
 			})
 		})
@@ -122,6 +122,25 @@ func TestInstanceThatIsNotReadyWhenTheGraceIsOverIsBackOnceItIs(t *testing.T) {
 		time.Sleep(time.Hour)
 		r.wantState(lifecycle.Released)
 		r.ready(true)
+		r.wantState(lifecycle.Online)
+	})
+}
+
+func TestGraceThatIsSeenDuringTheShutdownCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := bareRig(t)
+		r.app.busy = time.Second
+		hook := r.hook()
+		r.see(func(o *lifecycle.Observation) {
+			o.Pod = lifecycle.Pod{Known: true, Ready: true, Grace: time.Minute}
+			o.Endpoints = []lifecycle.Endpoint{{Service: "web", Found: true, Ready: true}}
+		})
+		if a := r.await(hook); !a.Deadline.Equal(r.after(25 * time.Second)) {
+			t.Errorf("the deadline of the release moved to %s after the start", a.Deadline.Sub(r.start))
+		}
+		time.Sleep(59*time.Second - quiet - 1)
+		r.wantState(lifecycle.Released)
+		time.Sleep(time.Nanosecond)
 		r.wantState(lifecycle.Online)
 	})
 }
@@ -162,7 +181,11 @@ func TestTerminatingPodNeverComesBack(t *testing.T) {
 		r.restarted()
 		time.Sleep(time.Hour)
 		r.ready(true)
-		r.wantState(lifecycle.Released)
+		r.changes.want(t,
+			"0s Pending -> Online: endpoint ready in service web",
+			"0s Online -> Draining: pod terminating",
+			"1s Draining -> Released: pod terminating: drained in 1s, nothing in flight",
+		)
 	})
 }
 
@@ -174,6 +197,10 @@ func TestPodDeletedAfterTheReleaseNeverComesBack(t *testing.T) {
 		r.deleted(30 * time.Second)
 		wantVerdict(t, r.await(r.hook()).Verdict, first.Verdict)
 		time.Sleep(time.Hour)
-		r.wantState(lifecycle.Released)
+		r.changes.want(t,
+			"0s Pending -> Online: endpoint ready in service web",
+			"0s Online -> Draining: prestop hook",
+			"1s Draining -> Released: prestop hook: drained in 1s, nothing in flight",
+		)
 	})
 }

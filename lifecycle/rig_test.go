@@ -164,13 +164,12 @@ func (l *log) want(t *testing.T, want ...string) {
 type fakeRegistrar struct {
 	rig *rig
 
-	mu       sync.Mutex
-	desired  *lifecycle.Desired // what was set last
-	applied  *lifecycle.Desired // what the registry says
-	hangs    bool
-	err      error         // what Sync says of a registry that hangs
-	changed  chan struct{} // closed and replaced when applied changes
-	allIsSet []lifecycle.Desired
+	mu      sync.Mutex
+	desired *lifecycle.Desired // what was set last
+	applied *lifecycle.Desired // what the registry says
+	hangs   bool
+	err     error         // what Sync says of a registry that hangs
+	changed chan struct{} // closed and replaced when applied changes
 }
 
 func (f *fakeRegistrar) Set(d lifecycle.Desired) {
@@ -181,18 +180,23 @@ func (f *fakeRegistrar) Set(d lifecycle.Desired) {
 	f.rig.calls.add("set %s%s", d.State, advertised)
 	f.mu.Lock()
 	f.desired = &d
-	f.allIsSet = append(f.allIsSet, d)
 	f.mu.Unlock()
 	f.converge()
 }
 
-// hang makes the registry not answer any more, or answer again.
-func (f *fakeRegistrar) hang(yes bool, err error) {
+// hang makes the registry not answer any more; err is what Sync says of it.
+func (f *fakeRegistrar) hang(err error) {
 	f.mu.Lock()
-	f.hangs, f.err = yes, err
+	f.hangs, f.err = true, err
+	f.mu.Unlock()
+}
+
+// answer makes the registry answer again.
+func (f *fakeRegistrar) answer() {
+	f.mu.Lock()
+	f.hangs, f.err = false, nil
 	f.mu.Unlock()
 	f.converge()
-	synctest.Wait()
 }
 
 func (f *fakeRegistrar) converge() {

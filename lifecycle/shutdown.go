@@ -82,20 +82,16 @@ func (m *Machine) deadline(started time.Time) time.Time {
 }
 
 // shorten brings the release closer when the pod has less time than was thought: a second delete, or the Pod is seen only
-// now.
+// now. When it has more, the release stays where it is.
 func (m *Machine) shorten() {
 	s := m.current
-	deadline := m.deadline(s.started)
-	if !deadline.Before(s.deadline) {
-		return
-	}
+	s.deadline = m.deadline(s.started)
 	now, was := time.Now(), s.release
-	s.deadline = deadline
-	if release := m.cfg.Budget.releaseBy(now, deadline); release.Before(was) {
+	if release := m.cfg.Budget.releaseBy(now, s.deadline); release.Before(was) {
 		s.release = release
 		s.timer.Reset(release.Sub(now))
 		if was.Sub(release) > time.Second { // less is the blur of the API's whole seconds
-			m.log.Info("grace period shortened", zap.Time("deadline", deadline), zap.Duration("at most", release.Sub(now)))
+			m.log.Info("grace period shortened", zap.Time("deadline", s.deadline), zap.Duration("at most", release.Sub(now)))
 		}
 	}
 }

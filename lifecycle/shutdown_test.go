@@ -98,35 +98,57 @@ func TestNothingToSettleForConsumersThatDoNotKnowTheInstance(t *testing.T) {
 	}
 }
 
-func TestSettleTimeCountsFromTheWithdrawal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
-		r.ready(true)
-		time.Sleep(time.Minute)
-		r.ready(false)
-		time.Sleep(200 * time.Millisecond)
-		a := r.await(r.hook())
-		if want := 800 * time.Millisecond; a.Settle != want || a.Total() != want {
-			t.Errorf("settle %s, total %s: want what is left of 1s, %s", a.Settle, a.Total(), want)
-		}
-	})
-}
-
-func TestSettleTimeCountsFromWhenTheRegistryLetGo(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
-		r.ready(true)
-		r.reg.hang(true, nil)
-		r.ready(false) // wanted out, and still in
-		time.Sleep(time.Minute)
-		hook := r.hook()
-		time.Sleep(300 * time.Millisecond)
-		r.reg.hang(false, nil)
-		a := r.await(hook)
-		if want := 300 * time.Millisecond; a.Withdraw != want || a.Settle != time.Second || a.Total() != want+time.Second {
-			t.Errorf("withdraw %s, settle %s, total %s", a.Withdraw, a.Settle, a.Total())
-		}
-	})
+func TestSettleTimeCountsFromWhenConsumersCouldLearn(t *testing.T) {
+	for _, tc := range []struct {
+		name                    string
+		before                  func(*rig)
+		withdraw, settle, total time.Duration
+	}{
+		{"withdrawn a moment ago", func(r *rig) {
+			r.ready(true)
+			time.Sleep(time.Minute)
+			r.ready(false)
+			time.Sleep(200 * ms)
+		}, 0, 800 * ms, 800 * ms},
+		{"the registry did it late, a moment ago", func(r *rig) {
+			r.ready(true)
+			r.reg.hang(nil)
+			r.ready(false)
+			time.Sleep(time.Minute)
+			r.reg.answer()
+			time.Sleep(200 * ms)
+		}, 0, 800 * ms, 800 * ms},
+		{"the registry has not done it yet", func(r *rig) {
+			r.ready(true)
+			r.reg.hang(nil)
+			r.ready(false)
+			time.Sleep(time.Minute)
+			time.AfterFunc(300*ms, r.reg.answer)
+		}, 300 * ms, s, 1300 * ms},
+		{"the registry never said whether it had advertised", func(r *rig) {
+			r.reg.hang(nil)
+			r.ready(true)
+			r.ready(false)
+			time.Sleep(200 * ms)
+			r.reg.answer()
+		}, 0, 800 * ms, 800 * ms},
+		{"nor does it when the hook comes", func(r *rig) {
+			r.reg.hang(nil)
+			r.ready(true)
+			time.AfterFunc(300*ms, r.reg.answer)
+		}, 300 * ms, s, 1300 * ms},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				tc.before(r)
+				a := r.await(r.hook())
+				if a.Withdraw != tc.withdraw || a.Settle != tc.settle || a.Total() != tc.total {
+					t.Errorf("withdraw %s, settle %s, total %s; want %s, %s, %s", a.Withdraw, a.Settle, a.Total(), tc.withdraw, tc.settle, tc.total)
+				}
+			})
+		})
+	}
 }
 
 func TestHookCallsJoin(t *testing.T) {
@@ -244,6 +266,19 @@ func TestSignalAloneDrainsToo(t *testing.T) {
 	})
 }
 
+func TestSignalBeforeThePodIsKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := bareRig(t)
+		r.await(r.stop(t.Context(), lifecycle.CauseSignal))
+		r.changes.want(t,
+			"0s Pending -> Draining: SIGTERM",
+			"500ms Draining -> Released: SIGTERM: drained in 500ms, nothing in flight",
+			"500ms Released -> Stopped: SIGTERM",
+		)
+		r.calls.want(t, "0s synced", "0s drain, settled in 0s", "500ms quiet")
+	})
+}
+
 func TestStopSaysSoWhenTheAgentHasStopped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -283,11 +318,11 @@ func TestRegistrarThatHangsCostsAtMostItsShare(t *testing.T) {
 				r := newRig(t)
 				r.app.busy = 5 * time.Second
 				r.ready(true)
-				r.reg.hang(true, errors.New("etcd: connection refused"))
+				r.reg.hang(errors.New("etcd: connection refused"))
 				hook := r.hook()
 				if tc.back > 0 {
 					time.Sleep(tc.back)
-					r.reg.hang(false, nil)
+					r.reg.answer()
 				}
 				a := r.await(hook)
 				if a.Withdrawn != tc.withdrawn || a.WithdrawError != tc.err || a.Outcome != lifecycle.Drained || a.at != tc.releasedAfter {
@@ -308,7 +343,7 @@ func TestRegistrarThatHangsDoesNotOutliveTheDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		r.ready(true)
-		r.reg.hang(true, nil)
+		r.reg.hang(nil)
 		r.deleted(1500 * time.Millisecond)
 		a := r.await(r.hook())
 		if a.at != time.Second || a.Outcome != lifecycle.TimedOut || a.Withdrawn || a.Settle != 0 || a.Withdraw != time.Second {

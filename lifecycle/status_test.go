@@ -35,9 +35,13 @@ func TestTrailTellsTheWholeStory(t *testing.T) {
 		synctest.Wait()
 		r.RegistryChanged(lifecycle.RegistryStatus{Advertised: true, Lease: "8", Err: "no answer", Updated: time.Now()})
 		synctest.Wait()
+		r.RegistryChanged(lifecycle.RegistryStatus{Advertised: true, Lease: "8", Err: "no answer", Keys: []string{"k"}, Updated: time.Now()})
+		synctest.Wait()
 		r.RegistryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Lease: "8", Updated: time.Now()})
 		synctest.Wait()
-		r.RegistryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Lease: "8", Keys: []string{"k"}, Updated: time.Now()})
+		r.RegistryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Lease: "9", Updated: time.Now()})
+		synctest.Wait()
+		r.RegistryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Lease: "9", Keys: []string{"k"}, Updated: time.Now()})
 		r.deleted(30 * time.Second)
 		r.await(r.hook())
 
@@ -48,6 +52,7 @@ Online: no longer registered: the lease was lost
 Online: registered under lease 8
 Online: registry: no answer
 Online: registry is as desired again
+Online: registered under lease 9
 Draining: pod terminating
 Draining: no longer registered
 Released: pod terminating: drained in 1s, nothing in flight
@@ -196,7 +201,7 @@ func TestLogSaysWarnOnlyOfReleasesThatLostSomething(t *testing.T) {
 		"clean":         {func(*rig) {}, zap.InfoLevel},
 		"timed out":     {func(r *rig) { r.app.busy = time.Hour }, zap.WarnLevel},
 		"unmeasured":    {func(r *rig) { r.app.result.Outcome = lifecycle.Unmeasured }, zap.WarnLevel},
-		"not withdrawn": {func(r *rig) { r.reg.hang(true, nil) }, zap.WarnLevel},
+		"not withdrawn": {func(r *rig) { r.reg.hang(nil) }, zap.WarnLevel},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -243,6 +248,7 @@ func TestStatesHaveNames(t *testing.T) {
 func TestBudgetThatDoesNotFitEndsRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := bareRig(t)
+		r.app.busy = time.Hour
 		hook := r.hook()
 		r.see(func(o *lifecycle.Observation) { o.Pod = lifecycle.Pod{Known: true, Grace: time.Second} })
 		err := <-r.runErr
@@ -252,5 +258,6 @@ func TestBudgetThatDoesNotFitEndsRun(t *testing.T) {
 		if a := <-hook; a.err == nil {
 			t.Error("a hook call got a verdict from a Machine that gave up")
 		}
+		r.calls.want(t, "0s synced", "0s drain, settled in 0s", "0s drain ended: the agent has stopped")
 	})
 }
