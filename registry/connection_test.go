@@ -284,3 +284,32 @@ func TestRenewedClientCertificateIsUsedOnReconnect(t *testing.T) {
 		}
 	}
 }
+
+// gRPC's own back-off would have grown to more than 10 s by the last of these attempts.
+func TestReconnectsOftenEnough(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cli, err := Connection{Endpoints: []string{l.Addr().String()}}.Dial(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cli.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	go cli.Get(ctx, "x")
+	last := time.Now()
+	for i := range 10 {
+		if err := l.(*net.TCPListener).SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatalf("attempt %d hasn't come %s after the one before: %v", i, time.Since(last), err)
+		}
+		last = time.Now()
+		conn.Close()
+	}
+}
