@@ -106,7 +106,17 @@ func (r *Registrar) commit(ctx context.Context, ifs []clientv3.Cmp, then, otherw
 		}
 		r.s.revision = resp.Header.Revision
 	}
-	return resp, err
+	return resp, r.unanswered(err)
+}
+
+// unanswered adds to a missed deadline what is known of the connection: an etcd that can't be reached is another matter
+// than one that is silent (connectivity READY).
+func (r *Registrar) unanswered(err error) error {
+	if !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("no answer within %s from etcd at %s, connectivity %s: %w",
+		requestTimeout, strings.Join(r.s.cli.Endpoints(), ","), r.s.cli.ActiveConnection().GetState(), err)
 }
 
 // plans says what d wants, Service by Service.

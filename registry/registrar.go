@@ -389,7 +389,7 @@ func (r *Registrar) grant(ctx context.Context) error {
 	defer cancel()
 	resp, err := r.s.cli.Grant(ctx, int64(r.cfg.TTL/time.Second))
 	if err != nil {
-		return fmt.Errorf("getting a lease: %w", err)
+		return fmt.Errorf("getting a lease: %w", r.unanswered(err))
 	}
 	keep, stop := context.WithCancel(r.s.live)
 	alive, err := r.s.cli.KeepAlive(keep, resp.ID)

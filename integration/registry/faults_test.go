@@ -141,7 +141,8 @@ func TestWaitsForEtcdThatIsNotThereAtStart(t *testing.T) {
 	a := w.start(spec{})
 	a.online("ready")
 	eventually(t, "it says that etcd can't be reached", func() bool { return a.status().Err != "" })
-	if st := a.status(); st.InSync || !strings.Contains(st.Err, "getting a lease") {
+	if st := a.status(); st.InSync || !strings.Contains(st.Err, "getting a lease: no answer within 5s from etcd at "+w.etcd.Endpoint()) ||
+		strings.Contains(st.Err, "READY") {
 		t.Errorf("status: %+v", st)
 	}
 	w.etcd.Restart()
@@ -173,7 +174,7 @@ func TestSyncReportsWhatKeptIt(t *testing.T) {
 		t.Errorf("nothing has failed yet: %v", err)
 	}
 	eventually(t, "an attempt fails", func() bool { return a.status().Err != "" })
-	if err := sync(300 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "writing to etcd") && !strings.Contains(err.Error(), "reading from etcd") {
+	if err := sync(300 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "writing to etcd: no answer within 5s") && !strings.Contains(err.Error(), "reading from etcd: no answer within 5s") {
 		t.Errorf("Sync: %v, want what was being done", err)
 	}
 	link.Set(etcdtest.Pass)
