@@ -91,6 +91,7 @@ type Machine struct {
 	cause        string
 	since        time.Time
 	wasOnline    bool
+	registrySeen bool // in sync, once
 	final        bool // SIGTERM came: no way back online
 	unadvertised time.Time
 	current      *shutdown // under way, or the last one while it isn't undone
@@ -360,6 +361,10 @@ func (m *Machine) phase() Phase {
 func (m *Machine) registryChanged(now RegistryStatus) {
 	was := m.registry
 	m.registry = now
+	if now.InSync && !m.registrySeen {
+		m.registrySeen = true
+		m.unadvertised = now.Updated // until then there may have been records of an agent before this one
+	}
 	t := Transition{Time: time.Now(), From: m.state, State: m.state}
 	switch {
 	case now.Advertised && (!was.Advertised || now.Lease != was.Lease):

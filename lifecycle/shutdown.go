@@ -24,7 +24,7 @@ func (m *Machine) begin(cause string) {
 	s.timer = time.AfterFunc(s.release.Sub(now), func() { cancel(errDeadline) })
 	m.current = s
 
-	advertised := m.registry.Advertised || m.desired.Advertised()
+	advertised := m.registry.Advertised || m.desired.Advertised() || !m.registrySeen
 	unadvertised := m.unadvertised
 	s.carryOut = func() {
 		v := m.shutdown(ctx, s.cause, s.started, advertised, unadvertised)

@@ -82,7 +82,7 @@ func TestDrainLastsAsLongAsRequestsDo(t *testing.T) {
 
 func TestNothingToSettleForConsumersThatDoNotKnowTheInstance(t *testing.T) {
 	for name, before := range map[string]func(*rig){
-		"never advertised":      func(r *rig) {},
+		"never advertised":      func(r *rig) { time.Sleep(time.Minute) },
 		"withdrawn a while ago": func(r *rig) { r.ready(true); r.ready(false); time.Sleep(time.Minute) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -125,6 +125,7 @@ func TestSettleTimeCountsFromWhenConsumersCouldLearn(t *testing.T) {
 			time.Sleep(time.Minute)
 			time.AfterFunc(300*ms, r.reg.answer)
 		}, 300 * ms, s, 1300 * ms},
+		{"an agent before this one may have advertised until a moment ago", func(*rig) { time.Sleep(200 * ms) }, 0, 800 * ms, 800 * ms},
 		{"the registry never said whether it had advertised", func(r *rig) {
 			r.reg.hang(nil)
 			r.ready(true)
@@ -149,6 +150,19 @@ func TestSettleTimeCountsFromWhenConsumersCouldLearn(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestRestartedAgentSettlesForTheRecordsOfTheOneBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := bareRig(t)
+		r.see(func(o *lifecycle.Observation) {
+			o.Pod = lifecycle.Pod{Known: true, Terminating: true, Deadline: time.Now().Add(30 * s), Grace: 30 * s}
+			o.Endpoints = []lifecycle.Endpoint{{Service: "web"}}
+		})
+		if a := r.await(r.hook()); a.Settle != s || a.Total() != s {
+			t.Errorf("settle %s, total %s: want 1s", a.Settle, a.Total())
+		}
+	})
 }
 
 func TestHookCallsJoin(t *testing.T) {
@@ -272,10 +286,10 @@ func TestSignalBeforeThePodIsKnown(t *testing.T) {
 		r.await(r.stop(t.Context(), lifecycle.CauseSignal))
 		r.changes.want(t,
 			"0s Pending -> Draining: SIGTERM",
-			"500ms Draining -> Released: SIGTERM: drained in 500ms, nothing in flight",
-			"500ms Released -> Stopped: SIGTERM",
+			"1s Draining -> Released: SIGTERM: drained in 1s, nothing in flight",
+			"1s Released -> Stopped: SIGTERM",
 		)
-		r.calls.want(t, "0s synced", "0s drain, settled in 0s", "500ms quiet")
+		r.calls.want(t, "0s synced", "0s drain, settled in 1s", "1s quiet")
 	})
 }
 
@@ -471,10 +485,10 @@ func TestUnknownPodHasTheDefaultGrace(t *testing.T) {
 		r := bareRig(t)
 		r.app.busy = time.Hour
 		a := r.await(r.hook())
-		if want := lifecycle.DefaultGrace - 5*time.Second; a.at != want || a.Settle != 0 {
+		if want := lifecycle.DefaultGrace - 5*time.Second; a.at != want {
 			t.Errorf("released at %s, want %s: %+v", a.at, want, a.Verdict)
 		}
-		r.calls.want(t, "0s synced", "0s drain, settled in 0s", "25s drain ended: out of time")
+		r.calls.want(t, "0s synced", "0s drain, settled in 1s", "25s drain ended: out of time")
 	})
 }
 

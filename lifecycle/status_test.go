@@ -258,6 +258,6 @@ func TestBudgetThatDoesNotFitEndsRun(t *testing.T) {
 		if a := <-hook; a.err == nil {
 			t.Error("a hook call got a verdict from a Machine that gave up")
 		}
-		r.calls.want(t, "0s synced", "0s drain, settled in 0s", "0s drain ended: the agent has stopped")
+		r.calls.want(t, "0s synced", "0s drain, settled in 1s", "0s drain ended: the agent has stopped")
 	})
 }
