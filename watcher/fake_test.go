@@ -240,6 +240,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 	switch verb {
 	case "list":
+		if q.Get("resourceVersion") == "0" {
+			a.t.Error("a list that may answer with any old state")
+		}
 		a.list(w, req, resource, match)
 	case "create":
 		a.create(w, req)

@@ -120,16 +120,11 @@ func (r *Recorder) Run(ctx context.Context) error {
 		select {
 		case e := <-r.queue:
 			r.write(reqCtx, e)
-			continue
-		default:
-		}
-		select {
-		case e := <-r.queue:
-			r.write(reqCtx, e)
 		case <-ctx.Done():
-			if len(r.queue) == 0 {
-				return nil
+			for len(r.queue) > 0 { // nobody else takes from it
+				r.write(reqCtx, <-r.queue)
 			}
+			return nil
 		}
 	}
 }

@@ -368,3 +368,46 @@ func TestBothFamiliesOfADualStackPod(t *testing.T) {
 	r.watching("web-4b", "web-6")
 	r.always(n, "both addresses", func(o lifecycle.Observation) bool { return slices.Equal(o.Endpoints[0].Addresses, want) })
 }
+
+func TestBothFamiliesAreFollowedWithoutKnowingTheService(t *testing.T) {
+	a := newAPI(t)
+	a.forbidden["list services"], a.forbidden["watch services"] = true, true
+	a.put(pod(func(p *corev1.Pod) { p.Status.PodIPs = []corev1.PodIP{{IP: "10.0.0.1"}, {IP: "fd00::1"}} }))
+	a.put(slice("web-4", ep("u1", "10.0.0.1", "r")))
+	a.put(slice("web-6", ep("u1", "fd00::1", "r")))
+	r := watchPod(t, a)
+	both := func(o lifecycle.Observation) bool { return len(o.Endpoints[0].Addresses) == 2 }
+	r.until("both addresses", both)
+	r.watching("web-4", "web-6")
+	n := len(r.all())
+	a.put(slice("web-6b", ep("u1", "fd00::1", "r")))
+	a.remove("endpointslices", "web-6")
+	r.watching("web-4", "web-6b")
+	r.always(n, "both addresses", both)
+}
+
+func TestNarrowFeedThatIsBehindDoesNotTakeOver(t *testing.T) {
+	numbered := func(version, conditions string) *discoveryv1.EndpointSlice {
+		s := slice("web-a", ep("u1", "10.0.0.1", conditions))
+		s.ResourceVersion = version
+		return s
+	}
+	slices := func(s *discoveryv1.EndpointSlice) *feed[sliceInfo] {
+		f := &feed[sliceInfo]{reduce: reducer("shop", "web-1", "u1"), notify: func() {}, stop: func() {}}
+		if err := f.Replace([]any{s}, s.ResourceVersion); err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	narrow := slices(numbered("4", "r"))
+	s := &service{name: "web", object: &feed[serviceInfo]{}, wide: slices(numbered("5", "R")), narrow: map[string]*feed[sliceInfo]{"web-a": narrow}}
+	if e := s.observe(t.Context(), identity{uid: "u1"}, false); e.Ready || s.wide == nil {
+		t.Fatalf("went back in time: ready %v, wide watch ended %v", e.Ready, s.wide == nil)
+	}
+	if err := narrow.Update(numbered("6", "r")); err != nil {
+		t.Fatal(err)
+	}
+	if e := s.observe(t.Context(), identity{uid: "u1"}, false); !e.Ready || s.wide != nil {
+		t.Fatalf("ready %v, wide watch ended %v, want true and true", e.Ready, s.wide == nil)
+	}
+}
