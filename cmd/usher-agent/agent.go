@@ -16,6 +16,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapgrpc"
+	"google.golang.org/grpc/grpclog"
 
 	"usher.dev/usher/drain"
 	"usher.dev/usher/lifecycle"
@@ -54,6 +56,8 @@ type server struct {
 func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	a := &agent{cfg: cfg, log: log}
 	watcher.RouteKlog(log.Named("client-go"))
+	// gRPC has one logger for the process, and says at its info level what each connection does.
+	grpclog.SetLoggerV2(zapgrpc.NewLogger(log.Named("grpc").WithOptions(zap.IncreaseLevel(zap.WarnLevel))))
 
 	formats := map[string][]registry.NamedFormat{}
 	for _, s := range cfg.Services {

@@ -67,13 +67,15 @@ const (
 
 // setting is one thing that can be set, whichever way.
 type setting struct {
+	group    string // begins one in --help
 	flag     string
 	alias    string // a further environment variable
+	arg      string // what the value is, in --help
 	usage    string
 	def      string
-	list     bool // may be given several times, or as a YAML list
-	envOnly  bool // a secret: no flag, which `ps` would show
-	separate string
+	list     bool   // may be given several times, or as a YAML list
+	separate string // what separates several in the environment; default: a comma
+	envOnly  bool   // a secret: no flag, which `ps` would show
 	set      func(c *config, value string) error
 }
 
@@ -131,56 +133,55 @@ func words(v string) []string {
 func settings() []setting {
 	b := lifecycle.DefaultBudget()
 	return []setting{
-		{flag: "cluster", def: "default", usage: "name of this Kubernetes cluster in the ledger", set: text(func(c *config) *string { return &c.Cluster })},
-		{flag: "service", list: true, separate: ";", set: setService,
-			usage: "`NAME[,format=grpc][,target=T][,port=P]`: a Service whose instance this pod is, and the record its consumers read (format grpc, target <namespace>/<service>, its only TCP port); repeat for several records or Services"},
+		{group: "Instance", flag: "cluster", arg: "NAME", def: "default", usage: "name of this Kubernetes cluster in the ledger", set: text(func(c *config) *string { return &c.Cluster })},
+		{flag: "service", arg: "NAME[,format=grpc][,target=T][,port=P]", list: true, separate: ";", set: setService,
+			usage: "a Service whose instance this pod is, and the record that its consumers read; repeat for several. Default format grpc, target NAMESPACE/NAME, the Service's only TCP port"},
 
-		{flag: "pod-namespace", alias: "POD_NAMESPACE", usage: "own Pod: metadata.namespace", set: text(func(c *config) *string { return &c.Namespace })},
-		{flag: "pod-name", alias: "POD_NAME", usage: "own Pod: metadata.name", set: text(func(c *config) *string { return &c.Pod })},
-		{flag: "pod-uid", alias: "POD_UID", usage: "own Pod: metadata.uid", set: text(func(c *config) *string { return &c.PodUID })},
-		{flag: "pod-ips", alias: "POD_IPS", list: true, usage: "own Pod: status.podIPs, until the API server says them", set: setPodIPs},
-		{flag: "node-name", alias: "NODE_NAME", usage: "own Pod: spec.nodeName, for Events", set: text(func(c *config) *string { return &c.Node })},
-		{flag: "kubeconfig", usage: "kubeconfig `FILE`, outside of a pod", set: text(func(c *config) *string { return &c.Kubeconfig })},
+		{group: "Kubernetes", flag: "pod-namespace", alias: "POD_NAMESPACE", arg: "NAME", usage: "own Pod, from metadata.namespace", set: text(func(c *config) *string { return &c.Namespace })},
+		{flag: "pod-name", alias: "POD_NAME", arg: "NAME", usage: "own Pod, from metadata.name", set: text(func(c *config) *string { return &c.Pod })},
+		{flag: "pod-uid", alias: "POD_UID", arg: "UID", usage: "own Pod, from metadata.uid", set: text(func(c *config) *string { return &c.PodUID })},
+		{flag: "pod-ips", alias: "POD_IPS", arg: "IP,...", list: true, usage: "own Pod, from status.podIPs; serves until the API server says them", set: setPodIPs},
+		{flag: "node-name", alias: "NODE_NAME", arg: "NAME", usage: "own Pod, from spec.nodeName; for Events", set: text(func(c *config) *string { return &c.Node })},
+		{flag: "kubeconfig", arg: "FILE", usage: "how to reach the API server from outside of a pod", set: text(func(c *config) *string { return &c.Kubeconfig })},
 
-		{flag: "etcd-endpoints", list: true, usage: "etcd's client `URLS` (default " + registry.DefaultEndpoint + ")", set: func(c *config, v string) error {
+		{group: "etcd", flag: "etcd-endpoints", arg: "URL,...", list: true, usage: "client URLS; without this and ETCDCTL_ENDPOINTS, " + registry.DefaultEndpoint, set: func(c *config, v string) error {
 			c.Etcd.Endpoints = words(v)
 			return nil
 		}},
-		{flag: "etcd-cacert", usage: "CA `FILE` that etcd's certificate is held against", set: text(func(c *config) *string { return &c.Etcd.CACert })},
-		{flag: "etcd-cert", usage: "client certificate `FILE`", set: text(func(c *config) *string { return &c.Etcd.Cert })},
-		{flag: "etcd-key", usage: "the client certificate's key `FILE`", set: text(func(c *config) *string { return &c.Etcd.Key })},
-		{flag: "etcd-insecure-skip-tls-verify", usage: "`true` leaves etcd's certificate unchecked", set: func(c *config, v string) (err error) {
+		{flag: "etcd-cacert", arg: "FILE", usage: "CA that etcd's certificate is held against", set: text(func(c *config) *string { return &c.Etcd.CACert })},
+		{flag: "etcd-cert", arg: "FILE", usage: "client certificate", set: text(func(c *config) *string { return &c.Etcd.Cert })},
+		{flag: "etcd-key", arg: "FILE", usage: "the client certificate's key", set: text(func(c *config) *string { return &c.Etcd.Key })},
+		{flag: "etcd-insecure-skip-tls-verify", arg: "BOOL", usage: "true leaves etcd's certificate unchecked", set: func(c *config, v string) (err error) {
 			if c.Etcd.InsecureSkipVerify, err = strconv.ParseBool(v); err != nil {
 				return errors.New("want true or false")
 			}
 			return nil
 		}},
-		{flag: "etcd-user", usage: "etcd user", set: text(func(c *config) *string { return &c.Etcd.User })},
-		{flag: "etcd-password", envOnly: true, usage: "etcd password", set: text(func(c *config) *string { return &c.Etcd.Password })},
-		{flag: "lease-ttl", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
+		{flag: "etcd-user", arg: "NAME", usage: "etcd user", set: text(func(c *config) *string { return &c.Etcd.User })},
+		{flag: "etcd-password", envOnly: true, usage: "etcd user's password", set: text(func(c *config) *string { return &c.Etcd.Password })},
+		{flag: "lease-ttl", arg: "DURATION", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
 
-		{flag: "hook-address", def: api.DefaultHookAddress, usage: "`ADDRESS` of the kubelet's preStop hook, probes and metrics", set: text(func(c *config) *string { return &c.HookAddress })},
+		{group: "Listeners", flag: "hook-address", arg: "ADDRESS", def: api.DefaultHookAddress, usage: "preStop hook, probes and metrics", set: text(func(c *config) *string { return &c.HookAddress })},
 		{flag: "hook-token", envOnly: true, usage: "a hook call with this in the header " + api.TokenHeader + " is accepted without further signs", set: text(func(c *config) *string { return &c.HookToken })},
-		{flag: "control-address", def: api.DefaultControlAddress, usage: "loopback `ADDRESS` for the processes of this pod", set: text(func(c *config) *string { return &c.ControlAddress })},
-		{flag: "control-socket", usage: "unix socket `PATH` for the same", set: text(func(c *config) *string { return &c.ControlSocket })},
+		{flag: "control-address", arg: "ADDRESS", def: api.DefaultControlAddress, usage: "the same and the status, for the processes of this pod; loopback only", set: text(func(c *config) *string { return &c.ControlAddress })},
+		{flag: "control-socket", arg: "PATH", usage: "the same on a unix socket", set: text(func(c *config) *string { return &c.ControlSocket })},
 
-		{flag: "withdraw-timeout", def: b.Withdraw.String(), usage: "how long a shutdown waits for etcd before it goes on", set: duration(func(c *config) *time.Duration { return &c.Budget.Withdraw })},
-		{flag: "settle", def: b.Settle.String(), usage: "how long consumers take to learn of a withdrawal", set: duration(func(c *config) *time.Duration { return &c.Budget.Settle })},
-		{flag: "reserve", def: b.Reserve.String(), usage: "what the application keeps of the grace period, at most a third of it", set: duration(func(c *config) *time.Duration { return &c.Budget.Reserve })},
-
-		{flag: "in-flight-source", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + sourceSockdiag + ", " + sourceHTTP + " or " + sourceNone + "; all given must agree", set: setSources},
-		{flag: "in-flight-url", usage: "source http: `URL` of the application that answers the count", set: text(func(c *config) *string { return &c.InFlightURL })},
-		{flag: "in-flight-field", usage: "source http: dotted path of the count in a JSON answer; empty: the body is the number", set: text(func(c *config) *string { return &c.InFlightField })},
-		{flag: "multiplexed-ports", list: true, usage: "`PORTS` (names or numbers) whose connections count until their client closes them, beside those that the Service calls grpc or h2c", set: func(c *config, v string) error {
+		{group: "Shutdown", flag: "withdraw-timeout", arg: "DURATION", def: b.Withdraw.String(), usage: "how long a shutdown waits for etcd before it goes on", set: duration(func(c *config) *time.Duration { return &c.Budget.Withdraw })},
+		{flag: "settle", arg: "DURATION", def: b.Settle.String(), usage: "how long consumers take to learn of a withdrawal", set: duration(func(c *config) *time.Duration { return &c.Budget.Settle })},
+		{flag: "reserve", arg: "DURATION", def: b.Reserve.String(), usage: "what the application keeps of the grace period, at most a third of it", set: duration(func(c *config) *time.Duration { return &c.Budget.Reserve })},
+		{flag: "in-flight-source", arg: "SOURCE,...", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + sourceSockdiag + ", " + sourceHTTP + " or " + sourceNone + "; all must agree", set: setSources},
+		{flag: "in-flight-url", arg: "URL", usage: "source http: where the application answers the count", set: text(func(c *config) *string { return &c.InFlightURL })},
+		{flag: "in-flight-field", arg: "PATH", usage: "source http: dotted path of the count in a JSON answer; without it the body is the number", set: text(func(c *config) *string { return &c.InFlightField })},
+		{flag: "multiplexed-ports", arg: "PORT,...", list: true, usage: "names or numbers of ports whose connections count until their client closes them, beside those that the Service calls grpc, h2c or http2", set: func(c *config, v string) error {
 			c.MultiplexedPorts = words(v)
 			return nil
 		}},
-		{flag: "quiet-period", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: duration(func(c *config) *time.Duration { return &c.Quiet })},
-		{flag: "drain-interval", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: duration(func(c *config) *time.Duration { return &c.Interval })},
-		{flag: "drain-floor", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: duration(func(c *config) *time.Duration { return &c.Floor })},
+		{flag: "quiet-period", arg: "DURATION", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: duration(func(c *config) *time.Duration { return &c.Quiet })},
+		{flag: "drain-interval", arg: "DURATION", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: duration(func(c *config) *time.Duration { return &c.Interval })},
+		{flag: "drain-floor", arg: "DURATION", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: duration(func(c *config) *time.Duration { return &c.Floor })},
 
-		{flag: "log-level", def: "info", usage: "debug, info, warn or error", set: oneOf(func(c *config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
-		{flag: "log-format", def: "json", usage: "json or console", set: oneOf(func(c *config) *string { return &c.LogFormat }, "json", "console")},
+		{group: "Log", flag: "log-level", arg: "LEVEL", def: "info", usage: "debug, info, warn or error", set: oneOf(func(c *config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
+		{flag: "log-format", arg: "FORMAT", def: "json", usage: "json or console", set: oneOf(func(c *config) *string { return &c.LogFormat }, "json", "console")},
 	}
 }
 
@@ -239,51 +240,75 @@ func setSources(c *config, v string) error {
 	return nil
 }
 
-func flags() (*pflag.FlagSet, *string, *bool) {
-	fs := pflag.NewFlagSet("usher-agent", pflag.ContinueOnError)
-	fs.SortFlags = false
+func flags() (fs *pflag.FlagSet, file *string, printVersion *bool) {
+	fs = pflag.NewFlagSet("usher-agent", pflag.ContinueOnError)
 	fs.Usage = func() {}
-	file := fs.String("config", "", "YAML `FILE` with these settings; env USHER_CONFIG")
-	printVersion := fs.Bool("version", false, "print the version and exit")
+	file = fs.String("config", "", "")
+	printVersion = fs.Bool("version", false, "")
 	for _, s := range settings() {
-		if s.envOnly {
-			continue
-		}
-		usage := s.usage + "; env " + s.env()
-		if s.alias != "" {
-			usage += " or " + s.alias
-		}
-		if s.list {
-			var def []string
-			if s.def != "" {
-				def = []string{s.def}
-			}
-			fs.StringArray(s.flag, def, usage)
-		} else {
-			fs.String(s.flag, s.def, usage)
+		switch {
+		case s.envOnly:
+		case s.list:
+			fs.StringArray(s.flag, nil, "")
+		default:
+			fs.String(s.flag, s.def, "")
 		}
 	}
 	return fs, file, printVersion
 }
 
 func help(w io.Writer) {
-	fs, _, _ := flags()
 	fmt.Fprint(w, `usher-agent registers its pod in etcd while the pod's endpoint is ready, and drains it when the pod ends.
 
-Usage: usher-agent --service NAME [flags]
+Usage:
+  usher-agent --service NAME [flags]
 
-A setting is a flag, an environment variable, or a key of the YAML file (the flag's name in camel case); the first of
-these wins. etcdctl's variables (ETCDCTL_ENDPOINTS, ETCDCTL_USER, ...) come before the file.
+A setting is a flag, an environment variable, or a key of the YAML file: --lease-ttl, USHER_LEASE_TTL, leaseTtl. A flag
+wins over the environment, the environment over the file. etcdctl's variables (ETCDCTL_ENDPOINTS, ETCDCTL_USER, ...)
+come between the USHER_ ones and the file.
 
-Flags:
+  --config FILE                 the YAML file (USHER_CONFIG)
+  --version                     print the version
 `)
-	fmt.Fprint(w, fs.FlagUsagesWrapped(110))
-	fmt.Fprintln(w, "\nEnvironment or file only:")
 	for _, s := range settings() {
+		if s.group != "" {
+			fmt.Fprintf(w, "\n%s:\n", s.group)
+		}
+		name := "--" + s.flag + " " + s.arg
 		if s.envOnly {
-			fmt.Fprintf(w, "  %-22s %s\n", s.env(), s.usage)
+			name = s.env() + " (no flag)"
+		}
+		about := s.usage
+		if s.def != "" {
+			about += " (default " + s.def + ")"
+		}
+		if s.alias != "" {
+			about += " (or " + s.alias + ")"
+		}
+		lines := wrap(about, 88)
+		if len(name) > 28 {
+			fmt.Fprintf(w, "  %s\n", name)
+			name = ""
+		}
+		for _, l := range lines {
+			fmt.Fprintf(w, "  %-28s  %s\n", name, l)
+			name = ""
 		}
 	}
+}
+
+// wrap breaks text into lines of at most width.
+func wrap(text string, width int) []string {
+	var lines []string
+	line := ""
+	for w := range strings.FieldsSeq(text) {
+		if line != "" && len(line)+1+len(w) > width {
+			lines = append(lines, line)
+			line = ""
+		}
+		line = strings.TrimSpace(line + " " + w)
+	}
+	return append(lines, line)
 }
 
 // parse reads every source of settings, in the order of their rank, and checks the result as a whole.

@@ -1,0 +1,208 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"usher.dev/usher/registry/format"
+)
+
+func lookup(env map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) { v, ok := env[name]; return v, ok }
+}
+
+func identity(more ...string) map[string]string {
+	env := map[string]string{"POD_NAMESPACE": "shop", "POD_NAME": "api-0", "POD_UID": "6f0d"}
+	for i := 0; i < len(more); i += 2 {
+		env[more[i]] = more[i+1]
+	}
+	return env
+}
+
+func file(t *testing.T, content string) string {
+	path := filepath.Join(t.TempDir(), "usher.yaml")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestServiceAloneIsEnough(t *testing.T) {
+	c, err := parse([]string{"--service=api"}, lookup(identity()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := format.Spec{Type: "grpc", Target: "shop/api"}
+	if len(c.Services) != 1 || c.Services[0].Name != "api" || len(c.Services[0].Formats) != 1 || c.Services[0].Formats[0] != want {
+		t.Errorf("services %+v, want api with %+v", c.Services, want)
+	}
+	if c.Budget.Settle != time.Second || c.LeaseTTL != 15*time.Second || c.HookAddress != ":7400" || c.Etcd.Endpoints[0] != "127.0.0.1:2379" {
+		t.Errorf("defaults: %+v", c)
+	}
+}
+
+func TestFlagWinsOverEnvironmentOverEtcdctlOverFile(t *testing.T) {
+	path := file(t, "etcdEndpoints: [http://file:2379, http://file2:2379]\nsettle: 3s\ncluster: from-file\nservices:\n- name: api\n  formats:\n  - {type: grpc, target: t/http, port: http}\n  - {type: grpc, target: t/grpc, port: \"9090\"}\n")
+	for _, c := range []struct {
+		name      string
+		args      []string
+		env       map[string]string
+		endpoints string
+		settle    time.Duration
+	}{
+		{"file", nil, identity(), "http://file:2379 http://file2:2379", 3 * time.Second},
+		{"etcdctl", nil, identity("ETCDCTL_ENDPOINTS", "http://ctl:2379"), "http://ctl:2379", 3 * time.Second},
+		{"environment", nil, identity("ETCDCTL_ENDPOINTS", "http://ctl:2379", "USHER_ETCD_ENDPOINTS", "http://env:1,http://env:2", "USHER_SETTLE", "2s"), "http://env:1 http://env:2", 2 * time.Second},
+		{"flag", []string{"--etcd-endpoints=http://flag:1", "--settle=1500ms"}, identity("USHER_ETCD_ENDPOINTS", "http://env:1", "USHER_SETTLE", "2s"), "http://flag:1", 1500 * time.Millisecond},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := parse(append(c.args, "--config", path), lookup(c.env))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e := strings.Join(got.Etcd.Endpoints, " "); e != c.endpoints || got.Budget.Settle != c.settle || got.Cluster != "from-file" || len(got.Services[0].Formats) != 2 {
+				t.Errorf("endpoints %s, settle %s, cluster %s, services %+v", e, got.Budget.Settle, got.Cluster, got.Services)
+			}
+		})
+	}
+}
+
+func TestServicesOfFlagReplaceThoseOfFile(t *testing.T) {
+	path := file(t, "services: [{name: old}]\n")
+	c, err := parse([]string{"--config", path, "--service=a,target=x,port=http", "--service=a,target=y,port=grpc", "--service=b"}, lookup(identity()))
+	if err != nil || len(c.Services) != 2 || len(c.Services[0].Formats) != 2 || c.Services[1].Name != "b" {
+		t.Fatalf("%+v, %v", c.Services, err)
+	}
+	c, err = parse(nil, lookup(identity("USHER_SERVICE", "a,target=x;b", "USHER_CONFIG", path)))
+	if err != nil || len(c.Services) != 2 || c.Services[0].Formats[0].Target != "x" {
+		t.Fatalf("environment: %+v, %v", c.Services, err)
+	}
+}
+
+// Each message has to name what is wrong, the value, and what would be right.
+func TestBadInputIsNamed(t *testing.T) {
+	secret := "hunter2"
+	for _, c := range []struct {
+		name string
+		args []string
+		env  map[string]string
+		file string
+		want []string
+	}{
+		{"unknown flag", []string{"--sevice=a"}, identity(), "", []string{"--sevice", "--help"}},
+		{"argument", []string{"--service=a", "serve"}, identity(), "", []string{`"serve"`, "flags only"}},
+		{"no service", nil, identity(), "", []string{"--service"}},
+		{"no identity", []string{"--service=a"}, nil, "", []string{"POD_NAMESPACE", "POD_NAME", "POD_UID", "metadata.uid"}},
+		{"duration", []string{"--service=a", "--settle=1"}, identity(), "", []string{"--settle", `"1"`, "500ms"}},
+		{"negative duration", []string{"--service=a", "--quiet-period=-1s"}, identity(), "", []string{"--quiet-period", "-1s"}},
+		{"environment", []string{"--service=a"}, identity("USHER_LOG_LEVEL", "loud"), "", []string{"USHER_LOG_LEVEL", "loud", "debug, info"}},
+		{"service without name", []string{"--service=port=http"}, identity(), "", []string{"--service", "NAME"}},
+		{"service field", []string{"--service=a,prot=http"}, identity(), "", []string{"prot=http", "port="}},
+		{"pod IPs", []string{"--service=a", "--pod-ips=10.0.0.1,x"}, identity(), "", []string{"--pod-ips", `"x"`}},
+		{"source", []string{"--service=a", "--in-flight-source=envoy"}, identity(), "", []string{"envoy", "sockdiag, http or none"}},
+		{"none with others", []string{"--service=a", "--in-flight-source=none,sockdiag"}, identity(), "", []string{"none alone"}},
+		{"http without URL", []string{"--service=a", "--in-flight-source=http"}, identity(), "", []string{"--in-flight-url"}},
+		{"short token", []string{"--service=a"}, identity("USHER_HOOK_TOKEN", secret), "", []string{"USHER_HOOK_TOKEN", "16"}},
+		{"etcd endpoint", []string{"--service=a", "--etcd-endpoints=ftp://x:1"}, identity(), "", []string{"ftp://x:1"}},
+		{"etcd password alone", []string{"--service=a"}, identity("USHER_ETCD_PASSWORD", secret), "", []string{"user"}},
+		{"file that isn't there", []string{"--config=/nowhere.yaml"}, identity(), "", []string{"/nowhere.yaml"}},
+		{"file with unknown key", nil, identity(), "sevices: []\n", []string{"sevices", "no such setting", "leaseTtl"}},
+		{"file with key twice", nil, identity(), "settle: 1s\nsettle: 2s\n", []string{"settle", "already"}},
+		{"file with unknown field", nil, identity(), "services: [{name: a, formats: [{kind: grpc}]}]\n", []string{"services", "kind"}},
+		{"file with a list for one value", nil, identity(), "services: [{name: a}]\nsettle: [1s, 2s]\n", []string{"settle", "one value"}},
+		{"file with a map for a value", nil, identity(), "services: [{name: a}]\nsettle: {a: 1}\n", []string{"settle", "one value"}},
+		{"file that is a list", nil, identity(), "- a\n", []string{"map of settings"}},
+		{"file that is no YAML", nil, identity(), "a: [\n", []string{"usher.yaml"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			args := c.args
+			if c.file != "" {
+				args = append(args, "--config", file(t, c.file))
+			}
+			_, err := parse(args, lookup(c.env))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, w := range c.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("%q doesn't say %q", err, w)
+				}
+			}
+			if strings.Contains(err.Error(), secret) {
+				t.Errorf("%q tells a secret", err)
+			}
+		})
+	}
+}
+
+func TestEverySettingIsInHelpAndInTheCommandsComment(t *testing.T) {
+	var out strings.Builder
+	help(&out)
+	source, err := os.ReadFile("main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range settings() {
+		if !s.envOnly && !strings.Contains(out.String(), "--"+s.flag+" "+s.arg) || s.envOnly && !strings.Contains(out.String(), s.env()) {
+			t.Errorf("--help doesn't speak of --%s", s.flag)
+		}
+		if !strings.Contains(string(source), s.env()) {
+			t.Errorf("the comment of main.go doesn't speak of %s", s.env())
+		}
+	}
+	for l := range strings.SplitSeq(out.String(), "\n") {
+		if len(l) > 120 {
+			t.Errorf("line of %d characters in --help: %s", len(l), l)
+		}
+	}
+	if _, err := parse([]string{"--help"}, lookup(nil)); !errors.Is(err, pflag.ErrHelp) {
+		t.Errorf("--help: %v", err)
+	}
+}
+
+// go test ./cmd/usher-agent -update writes the table anew.
+func TestReadmeTableIsTheSettings(t *testing.T) {
+	const begin, end = "<!-- settings -->\n", "<!-- /settings -->"
+	var b strings.Builder
+	b.WriteString(begin + "| flag | default | meaning |\n| --- | --- | --- |\n")
+	for _, s := range settings() {
+		name, def := "`--"+s.flag+"`", ""
+		if s.envOnly {
+			name = "`" + s.env() + "`"
+		}
+		if s.def != "" {
+			def = "`" + s.def + "`"
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s |\n", name, def, s.usage)
+	}
+	b.WriteString(end)
+	path := filepath.Join("..", "..", "README.md")
+	readme, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, to := strings.Index(string(readme), begin), strings.Index(string(readme), end)
+	if from < 0 || to < from {
+		t.Fatalf("README.md lacks the marks %q and %q", begin, end)
+	}
+	to += len(end)
+	if string(readme[from:to]) == b.String() {
+		return
+	}
+	if !*update {
+		t.Fatal("README.md's table of settings is not what the agent has: go test ./cmd/usher-agent -update")
+	}
+	if err := os.WriteFile(path, []byte(string(readme[:from])+b.String()+string(readme[to:])), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var update = flag.Bool("update", false, "write generated parts of documents anew")

@@ -1,0 +1,324 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"usher.dev/usher/drain"
+	"usher.dev/usher/internal/api"
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry"
+)
+
+const token = "0123456789abcdef"
+
+// instantly is a registry that always is as it should be, and a drain that takes a second.
+type instantly struct{ drains *sync.WaitGroup }
+
+func (instantly) Set(lifecycle.Desired)      {}
+func (instantly) Sync(context.Context) error { return nil }
+func (i instantly) Wait(context.Context, time.Time) lifecycle.DrainResult {
+	i.drains.Add(1)
+	defer i.drains.Done()
+	time.Sleep(time.Second)
+	return lifecycle.DrainResult{Outcome: lifecycle.Drained}
+}
+
+// newTestAgent is an agent whose machine runs until the test ends, without etcd and Kubernetes.
+func newTestAgent(t *testing.T, log *zap.Logger) *agent {
+	t.Helper()
+	a := &agent{cfg: config{HookToken: token, Cluster: "c", Namespace: "ns", Pod: "p", PodUID: "u"}, log: log}
+	var err error
+	fake := instantly{new(sync.WaitGroup)}
+	a.machine, err = lifecycle.New(lifecycle.Config{Registrar: fake, Drainer: fake, Budget: lifecycle.DefaultBudget(), Quiet: drain.DefaultQuiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.registrar, err = registry.New(registry.Config{Cluster: "c", Namespace: "ns", Pod: "p", PodUID: "u",
+		Dial: func() (*clientv3.Client, error) { return nil, errors.New("not dialled") }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { a.machine.Run(ctx) })
+	t.Cleanup(func() { cancel(); wg.Wait(); fake.drains.Wait() })
+	a.seen(lifecycle.Pod{})
+	return a
+}
+
+// seen has the machine observe an instance that is ready.
+func (a *agent) seen(p lifecycle.Pod) {
+	p.Known, p.Ready, p.Grace = true, true, 30*time.Second
+	a.machine.Observe(lifecycle.Observation{Pod: p, Endpoints: []lifecycle.Endpoint{{
+		Service: "api", Found: true, Ready: true, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
+	}}})
+}
+
+func call(a *agent, trusted bool, method string, header ...string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, api.PrestopPath, nil)
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
+	w := httptest.NewRecorder()
+	a.prestop(trusted)(w, r)
+	return w
+}
+
+func TestWhoMayCallTheHook(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		trusted bool
+		pod     lifecycle.Pod
+		header  []string
+		code    int
+	}{
+		{"a stranger", false, lifecycle.Pod{}, nil, http.StatusForbidden},
+		{"a wrong token", false, lifecycle.Pod{Terminating: true, Deadline: time.Now().Add(time.Hour)}, []string{api.TokenHeader, "fedcba9876543210"}, http.StatusForbidden},
+		{"the token", false, lifecycle.Pod{}, []string{api.TokenHeader, token}, http.StatusOK},
+		{"whoever is in the pod", true, lifecycle.Pod{}, nil, http.StatusOK},
+		{"anybody while the Pod is evicted", false, lifecycle.Pod{Disrupted: true}, nil, http.StatusOK},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newTestAgent(t, zap.NewNop())
+				a.seen(c.pod)
+				synctest.Wait()
+				w := call(a, c.trusted, http.MethodGet, c.header...)
+				if w.Code != c.code {
+					t.Fatalf("%d %s, want %d", w.Code, w.Body, c.code)
+				}
+				state := a.machine.Status().State
+				if c.code == http.StatusOK {
+					var v api.Verdict
+					if err := json.Unmarshal(w.Body.Bytes(), &v); err != nil || v.Outcome != api.Drained || v.TotalMs < 1000 {
+						t.Errorf("verdict %s, %v", w.Body, err)
+					}
+				} else if a.hook.refused.Load() != 1 || c.pod.Terminating == false && state != lifecycle.Online {
+					t.Errorf("refused %d, state %s: want one refusal counted, and the instance untouched", a.hook.refused.Load(), state)
+				}
+			})
+		})
+	}
+}
+
+func TestHookWaitsForTheWatchToCatchUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newTestAgent(t, zap.NewNop())
+		time.AfterFunc(800*time.Millisecond, func() { a.seen(lifecycle.Pod{Terminating: true, Deadline: time.Now().Add(20 * time.Second)}) })
+		if w := call(a, false, http.MethodGet); w.Code != http.StatusOK {
+			t.Fatalf("%d %s", w.Code, w.Body)
+		}
+	})
+}
+
+func TestFloodOfRefusedCallsIsOneLogLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zap.WarnLevel)
+		a := newTestAgent(t, zap.New(core))
+		var wg sync.WaitGroup
+		for range 1000 {
+			wg.Go(func() { call(a, false, http.MethodGet) })
+		}
+		wg.Wait()
+		if n := logs.FilterMessage("hook call refused").Len(); n != 1 || a.hook.refused.Load() != 1000 {
+			t.Errorf("%d lines for %d refusals, want 1 for 1000", n, a.hook.refused.Load())
+		}
+	})
+}
+
+func TestHookTakesGetAndPostOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newTestAgent(t, zap.NewNop())
+		if w := call(a, true, http.MethodDelete); w.Code != http.StatusMethodNotAllowed || w.Header().Get("Allow") != "GET, POST" {
+			t.Errorf("DELETE: %d, Allow %q", w.Code, w.Header().Get("Allow"))
+		}
+		if w := call(a, true, http.MethodPost); w.Code != http.StatusOK {
+			t.Errorf("POST: %d", w.Code)
+		}
+	})
+}
+
+// listening is an agent that serves on free addresses.
+func listening(t *testing.T, change func(*config)) (*agent, error) {
+	a := newTestAgent(t, zap.NewNop())
+	rec := newRecorder(t)
+	a.recorder = rec
+	a.metrics = newMetrics(a)
+	a.cfg.HookAddress, a.cfg.ControlAddress = "127.0.0.1:0", "127.0.0.1:0"
+	if change != nil {
+		change(&a.cfg)
+	}
+	if err := a.listen(); err != nil {
+		return a, err
+	}
+	for _, s := range a.servers {
+		go s.Serve(s.listener)
+		t.Cleanup(func() { s.Close() })
+	}
+	return a, nil
+}
+
+func get(t *testing.T, client *http.Client, url string) (int, string) {
+	t.Helper()
+	resp, err := client.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func TestStatusIsOnControlListenersOnly(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "agent.sock")
+	a, err := listening(t, func(c *config) { c.ControlSocket = socket })
+	if err != nil {
+		t.Fatal(err)
+	}
+	hook, control := "http://"+a.servers[0].listener.Addr().String(), "http://"+a.servers[1].listener.Addr().String()
+	unix := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	if code, _ := get(t, http.DefaultClient, hook+api.StatusPath); code != http.StatusNotFound {
+		t.Errorf("hook listener: status answered with %d, want 404", code)
+	}
+	for name, f := range map[string]func() (int, string){
+		"control": func() (int, string) { return get(t, http.DefaultClient, control+api.StatusPath) },
+		"socket":  func() (int, string) { return get(t, unix, "http://agent"+api.StatusPath) },
+	} {
+		code, body := f()
+		var s api.Status
+		if err := json.Unmarshal([]byte(body), &s); code != http.StatusOK || err != nil || s.Pod != "p" || s.State != "Online" || len(s.Trail) == 0 {
+			t.Errorf("%s: %d %s, %v", name, code, body, err)
+		}
+	}
+	if code, body := get(t, http.DefaultClient, hook+"/metrics"); code != http.StatusOK || !strings.Contains(body, `usher_state{state="Online"} 1`) || !strings.Contains(body, `usher_hook_calls_total{result="refused"} 0`) {
+		t.Errorf("metrics: %d %s", code, body)
+	}
+}
+
+func TestReadyOnceEverythingWasSeenAndForGood(t *testing.T) {
+	a, err := listening(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := "http://" + a.servers[0].listener.Addr().String()
+	expect := func(want int, text string) {
+		t.Helper()
+		if code, body := get(t, http.DefaultClient, url+"/readyz"); code != want || !strings.Contains(body, text) {
+			t.Errorf("readyz: %d %s, want %d %s", code, body, want, text)
+		}
+	}
+	expect(http.StatusServiceUnavailable, "hasn't answered")
+	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}, Problems: []string{`service "api" does not exist`}})
+	expect(http.StatusServiceUnavailable, `service "api" does not exist`)
+	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}})
+	expect(http.StatusOK, "ok")
+	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}, Problems: []string{"the API server can't be reached"}})
+	expect(http.StatusOK, "ok")
+	if code, _ := get(t, http.DefaultClient, url+"/livez"); code != http.StatusOK {
+		t.Errorf("livez: %d", code)
+	}
+}
+
+func TestBadListenAddressesAreNamed(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	plain := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(plain, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	live := filepath.Join(t.TempDir(), "live.sock")
+	other, err := net.Listen("unix", live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	for name, c := range map[string]struct {
+		change func(*config)
+		want   []string
+	}{
+		"taken":                 {func(c *config) { c.HookAddress = taken.Addr().String() }, []string{"--hook-address", "in use"}},
+		"control not loopback":  {func(c *config) { c.ControlAddress = "0.0.0.0:7401" }, []string{"--control-address", "0.0.0.0:7401", "loopback"}},
+		"control without port":  {func(c *config) { c.ControlAddress = "127.0.0.1" }, []string{"--control-address", "port"}},
+		"socket is a file":      {func(c *config) { c.ControlSocket = plain }, []string{"--control-socket", "no socket"}},
+		"socket of another one": {func(c *config) { c.ControlSocket = live }, []string{"--control-socket", "another process"}},
+		"socket without folder": {func(c *config) { c.ControlSocket = "/nowhere/x/agent.sock" }, []string{"--control-socket", "emptyDir"}},
+	} {
+		_, err := listening(t, c.change)
+		if err == nil {
+			t.Errorf("%s: accepted", name)
+			continue
+		}
+		for _, w := range c.want {
+			if !strings.Contains(err.Error(), w) {
+				t.Errorf("%s: %q doesn't say %q", name, err, w)
+			}
+		}
+	}
+	if _, err := os.Stat(plain); err != nil {
+		t.Error("a file that was no socket is gone")
+	}
+}
+
+func TestSocketOfAKilledAgentIsReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.(*net.UnixListener).SetUnlinkOnClose(false)
+	ln.Close()
+	if _, err := listening(t, func(c *config) { c.ControlSocket = path }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestMultiplexedPortsAreToldByAppProtocolNameAndSetting(t *testing.T) {
+	a := &agent{cfg: config{MultiplexedPorts: []string{"rpc", "7000"}}}
+	ports := []lifecycle.Port{
+		{Name: "http", Number: 8080}, {Name: "grpc", Number: 1}, {Name: "grpc-api", Number: 2}, {Name: "web", Number: 3, AppProtocol: "kubernetes.io/h2c"},
+		{Name: "grpc", Number: 4, AppProtocol: "http"}, {Name: "rpc", Number: 5}, {Name: "x", Number: 7000}, {Name: "ws", Number: 6, AppProtocol: "kubernetes.io/ws"},
+		{Name: "dns", Number: 53, Protocol: "UDP"},
+	}
+	got := map[uint16]bool{}
+	for _, p := range a.ports(lifecycle.Observation{Endpoints: []lifecycle.Endpoint{{Found: true, Ports: ports}}}) {
+		got[p.Number] = p.Multiplexed
+	}
+	want := map[uint16]bool{8080: false, 1: true, 2: true, 3: true, 4: false, 5: true, 7000: true, 6: false}
+	for n, m := range want {
+		if g, ok := got[n]; !ok || g != m {
+			t.Errorf("port %d: multiplexed %v (known %v), want %v", n, g, ok, m)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("ports %v, want %v", got, want)
+	}
+	if p := a.ports(lifecycle.Observation{Endpoints: []lifecycle.Endpoint{{}}}); p != nil {
+		t.Errorf("without an endpoint: %v, want the last known ones to stand", p)
+	}
+}
