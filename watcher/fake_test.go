@@ -63,7 +63,8 @@ type change struct {
 
 func newAPI(t *testing.T) *api {
 	a := &api{
-		t: t, addr: "127.0.0.1:0", codecs: serializer.NewCodecFactory(newScheme()), version: 100,
+		// Not 127.0.0.1: while the server is down, no connection of anybody gets its port for a source port there.
+		t: t, addr: "127.0.0.2:0", codecs: serializer.NewCodecFactory(newScheme()), version: 100,
 		objects:   map[string]map[string]runtime.Object{"pods": {}, "services": {}, "endpointslices": {}},
 		forbidden: map[string]bool{}, open: map[string]int{}, served: map[string]int{},
 	}
