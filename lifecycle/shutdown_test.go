@@ -127,6 +127,7 @@ func TestSettleTimeCountsFromWhenConsumersCouldLearn(t *testing.T) {
 		}, 300 * ms, s, 1300 * ms},
 		{"an agent before this one may have advertised until a moment ago", func(*rig) { time.Sleep(200 * ms) }, 0, 800 * ms, 800 * ms},
 		{"the registry never said whether it had advertised", func(r *rig) {
+			time.Sleep(time.Minute)
 			r.reg.hang(nil)
 			r.ready(true)
 			r.ready(false)
@@ -161,6 +162,18 @@ func TestRestartedAgentSettlesForTheRecordsOfTheOneBefore(t *testing.T) {
 		})
 		if a := r.await(r.hook()); a.Settle != s || a.Total() != s {
 			t.Errorf("settle %s, total %s: want 1s", a.Settle, a.Total())
+		}
+	})
+}
+
+func TestRegistryThatNeverAnsweredMayHaveRecords(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(r *rig, _ *lifecycle.Config) { r.reg.hangs = true })
+		r.RegistryChanged(lifecycle.RegistryStatus{Err: "no answer", Updated: time.Now()})
+		time.Sleep(time.Minute)
+		time.AfterFunc(300*ms, r.reg.answer)
+		if a := r.await(r.hook()); a.Withdraw != 300*ms || a.Settle != s {
+			t.Errorf("withdraw %s, settle %s: want 300ms, 1s", a.Withdraw, a.Settle)
 		}
 	})
 }
