@@ -1,0 +1,170 @@
+// Package bench measures what Usher costs, and how much later than the bare API server and etcd its consumers learn.
+//
+//	        update                watch                   txn             watch
+//	bench ---------> API server --------> usher-agent ---------> etcd ---------> bench      ours
+//	bench ---------> API server --------> bench                                             raw: Kubernetes
+//	                                      bench ---------------> etcd ---------> bench      raw: etcd
+//
+// Raw and ours are taken in turns, against the same processes, so that whatever disturbs the machine disturbs both. The
+// API server, etcd (with fsync), the agent and usher-prestop are the real programs; an EndpointSlice and a Pod's status are
+// written by the bench itself, since it has to know when. What a sidecar costs is measured in pods that the kubelet runs
+// from the example manifest.
+package bench
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+
+	"usher.dev/usher/integration/stack"
+)
+
+// Config of Run.
+type Config struct {
+	Stack *stack.Stack
+	// Rounds is how many times each transition is measured.
+	Rounds int
+	// Agents is how many pods with a sidecar are looked at.
+	Agents int
+	// Idle is how long their CPU time is counted.
+	Idle time.Duration
+	// Progress gets a line for each step.
+	Progress io.Writer
+}
+
+// Run measures everything, in a namespace of its own that it removes.
+func Run(ctx context.Context, cfg Config) (_ Report, err error) {
+	say := func(format string, args ...any) { fmt.Fprintf(cfg.Progress, format+"\n", args...) }
+	namespace := fmt.Sprintf("usher-bench-%d", os.Getpid())
+	if err := cfg.Stack.Namespace(ctx, namespace); err != nil {
+		return Report{}, err
+	}
+	defer func() {
+		if rerr := removeNamespace(context.WithoutCancel(ctx), cfg.Stack, namespace); rerr != nil && err == nil {
+			err = rerr
+		}
+	}()
+
+	say("starting %d pods with a sidecar", cfg.Agents)
+	pods, err := startSidecars(ctx, cfg.Stack, namespace, cfg.Agents)
+	if err != nil {
+		return Report{}, err
+	}
+	started := time.Now()
+
+	l, err := newLatency(ctx, cfg.Stack, namespace)
+	if err != nil {
+		return Report{}, err
+	}
+	defer l.close()
+	say("measuring %d changes of readiness each way", cfg.Rounds)
+	ready, err := l.readiness(ctx, cfg.Rounds)
+	if err != nil {
+		return Report{}, err
+	}
+	say("measuring %d hook calls", cfg.Rounds)
+	hook, err := l.hook(ctx, cfg.Rounds)
+	if err != nil {
+		return Report{}, err
+	}
+	if err := l.close(); err != nil {
+		return Report{}, err
+	}
+
+	say("measuring %d starts of usher-prestop", cfg.Rounds)
+	prestop, err := prestopStart(ctx, cfg.Stack.Programs.Prestop, cfg.Rounds)
+	if err != nil {
+		return Report{}, err
+	}
+
+	say("leaving %d sidecars idle for %s", cfg.Agents, cfg.Idle)
+	cost, err := pods.idle(ctx, cfg.Idle)
+	if err != nil {
+		return Report{}, err
+	}
+	age := time.Since(started)
+
+	agentSize, err := size(cfg.Stack.Programs.Agent)
+	if err != nil {
+		return Report{}, err
+	}
+	prestopSize, err := size(cfg.Stack.Programs.Prestop)
+	if err != nil {
+		return Report{}, err
+	}
+
+	var r Report
+	r.Rows = append(r.Rows, ready.rows()...)
+	r.Rows = append(r.Rows, hook.rows()...)
+	r.Rows = append(r.Rows,
+		Row{Figure: "usher-agent: binary", Unit: Bytes, Ours: one(agentSize), Target: 30e6},
+		Row{Figure: "usher-agent: RSS, idle and registered", Unit: Bytes, Ours: sizes(cost.rss), Target: 28e6},
+		Row{Figure: "usher-agent: anonymous RSS, the same", Unit: Bytes, Ours: sizes(cost.anon), Target: 8e6},
+		Row{Figure: "usher-agent: CPU of one core, the same", Unit: Share, Ours: shares(cost.cpu), Target: 0.001},
+		Row{Figure: "usher-prestop: binary", Unit: Bytes, Ours: one(prestopSize), Target: 7e6},
+		Row{Figure: "usher-prestop: start to request arrived", Unit: Seconds, Ours: durations(prestop), Target: 0.010},
+	)
+	r.Notes = []string{
+		fmt.Sprintf("Latencies: %d transitions each, raw and ours in turns. Raw, ready: an EndpointSlice update until a client-go watch (protobuf) has it, plus a bare etcd put "+
+			"until an etcd watch has it; ours: the same update until an etcd watch has the record that the agent wrote. Raw, hook: a bare etcd delete until the watch has it; "+
+			"ours: from before the HTTP call, on a new connection, until the watch has the deletion.", cfg.Rounds),
+		"The put and the delete of the targets are the simplest that etcd has. Usher's write is a transaction: it compares two revisions (the fence), puts or deletes the record and " +
+			"puts the ledger record, under a lease. The rows \"beside Usher's own transaction as raw\" have that one, sent by the bench, in the place of the put or delete.",
+		fmt.Sprintf("Sidecars: %d pods of the example manifest, probed by the kubelet, without traffic, %s after their start; CPU over the last %s, all threads. "+
+			"Only anonymous memory is each pod's own: the rest of the RSS is the binary in the page cache, shared by all pods of a node.",
+			cfg.Agents, age.Round(time.Second), cfg.Idle),
+		machine(),
+	}
+	return r, nil
+}
+
+func size(path string) (float64, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0, fmt.Errorf("measuring a binary: %w", err)
+	}
+	return float64(info.Size()), nil
+}
+
+// machine says where the figures come from.
+func machine() string {
+	first := func(path, prefix string) string {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return "unknown"
+		}
+		for line := range strings.Lines(string(b)) {
+			if rest, ok := strings.CutPrefix(line, prefix); ok {
+				return strings.Trim(rest, "\t :\n")
+			}
+		}
+		return "unknown"
+	}
+	load, _, _ := strings.Cut(first("/proc/loadavg", ""), " ")
+	return fmt.Sprintf("Machine: %d cores (%s), Linux %s, %s, everything on it: Kubernetes, both etcd with fsync, agents, bench. Load average at the end: %s.",
+		runtime.NumCPU(), first("/proc/cpuinfo", "model name"), first("/proc/sys/kernel/osrelease", ""), runtime.Version(), load)
+}
+
+// removeNamespace waits until the pods have ended, so that the cluster can go down without leaving their containers behind.
+func removeNamespace(ctx context.Context, s *stack.Stack, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := s.Client.CoreV1().Namespaces().Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
+		return fmt.Errorf("removing namespace %s: %w", name, err)
+	}
+	err := wait.PollUntilContextCancel(ctx, 200*time.Millisecond, true, func(ctx context.Context) (bool, error) {
+		pods, err := s.Client.CoreV1().Pods(name).List(ctx, metav1.ListOptions{})
+		return err == nil && len(pods.Items) == 0, nil
+	})
+	if err != nil {
+		return fmt.Errorf("removing namespace %s: its pods are still there: %w", name, err)
+	}
+	return nil
+}
