@@ -51,14 +51,30 @@ func stateColour(state string) string {
 
 // header names the timeline's columns.
 func header(p paint) string {
-	return p.with(dim, fmt.Sprintf("%10s  %-3s  %-10s  %-8s  %10s  %s", "time", "", "pod", "state", "since last", "what happened"))
+	return p.with(dim, fmt.Sprintf("%9s  %-3s  %-10s  %-8s  %8s  %s", "time", "", "pod", "state", "took", "what happened"))
+}
+
+// legend says what the states mean.
+func legend(p paint) string {
+	var b strings.Builder
+	for _, s := range []struct {
+		state lifecycle.State
+		means string
+	}{
+		{lifecycle.Online, "in the registry: consumers send it requests"},
+		{lifecycle.Draining, "out of the registry, it answers the requests that it still has; SIGTERM waits"},
+		{lifecycle.Released, "owes no answer any more: SIGTERM may come"},
+	} {
+		fmt.Fprintf(&b, "  %s  %s\n", p.with(stateColour(s.state.String()), pad(s.state.String(), 8)), s.means)
+	}
+	return b.String()
 }
 
 // format is one line of the timeline.
 func (l line) format(begun time.Time, p paint) string {
 	at := fmt.Sprintf("%+.3f s", l.at.Sub(begun).Seconds())
 	if l.pod == nil {
-		return fmt.Sprintf("%10s  %s", at, p.with(bold, l.text()))
+		return fmt.Sprintf("%9s  %s", at, p.with(bold, l.text()))
 	}
 	age, since := "new", ""
 	if l.pod.old {
@@ -73,9 +89,9 @@ func (l line) format(begun time.Time, p paint) string {
 	} else {
 		state = p.with(dim, state)
 	}
-	const before = 10 + 2 + 3 + 2 + 10 + 2 + 8 + 2 + 10 + 2
-	return fmt.Sprintf("%10s  %s  %s  %s  %s  %s", at, age, pad(short(l.pod.name), 10), state,
-		p.with(dim, fmt.Sprintf("%10s", since)), cut(l.text(), width-before))
+	const before = 9 + 2 + 3 + 2 + 10 + 2 + 8 + 2 + 8 + 2
+	return fmt.Sprintf("%9s  %s  %s  %s  %s  %s", at, age, pad(short(l.pod.name), 10), state,
+		p.with(dim, fmt.Sprintf("%8s", since)), cut(l.text(), width-before))
 }
 
 // short is a pod's name without its ReplicaSet's hash.
@@ -100,11 +116,11 @@ func cut(text string, n int) string {
 
 // human is a duration to the digits that a person compares.
 func human(d time.Duration) string {
-	switch {
+	switch ms := d.Round(time.Millisecond); {
 	case d < 10*time.Millisecond:
 		return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
-	case d < time.Second:
-		return fmt.Sprintf("%d ms", d.Round(time.Millisecond).Milliseconds())
+	case ms < time.Second:
+		return fmt.Sprintf("%d ms", ms.Milliseconds())
 	case d < time.Minute:
 		return fmt.Sprintf("%.2f s", d.Seconds())
 	}

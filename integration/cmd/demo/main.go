@@ -30,8 +30,10 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/kubernetes"
 
 	"usher.dev/usher/integration/cluster"
 	"usher.dev/usher/integration/load"
@@ -142,6 +144,11 @@ func (d *demo) run(ctx context.Context) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
+	unlock, err := d.lock()
+	if err != nil {
+		return 1, errors.Join(err, d.stack.Down(context.WithoutCancel(ctx)))
+	}
+	defer unlock()
 	r, err := d.show(ctx)
 	d.screen.end()
 	if err == nil {
@@ -161,12 +168,18 @@ func (d *demo) run(ctx context.Context) (code int, err error) {
 
 // show is the part that people came for.
 func (d *demo) show(ctx context.Context) (result, error) {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	if err := d.place(ctx); err != nil {
 		return result{}, err
 	}
-	d.sources = &sources{client: d.stack.Client, etcd: d.stack.Etcd, facts: d.facts, http: map[string]string{}}
+	cfg := d.stack.RESTConfig()
+	cfg.ContentType = runtime.ContentTypeProtobuf // decoded sooner than JSON, so that a fact's time is closer to the truth
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return result{}, fmt.Errorf("making the Kubernetes client: %w", err)
+	}
+	d.sources = &sources{client: client, etcd: d.stack.Etcd, facts: d.facts, http: map[string]string{}}
 	go d.sources.run(ctx)
 	if err := d.deploy(ctx); err != nil {
 		return result{}, err
@@ -176,7 +189,7 @@ func (d *demo) show(ctx context.Context) (result, error) {
 		Endpoints: []string{d.stack.RegistryEndpoint()}, HTTPTarget: httpTarget, GRPCTarget: grpcTarget, Rate: rate, Mix: mix(),
 		OnResult: func(r load.Result) {
 			if r.Class == "" {
-				f := fact{at: r.Scheduled.Add(r.Latency), is: answered{r.Scheduled, r.Pod}}
+				f := fact{at: r.Scheduled.Add(r.Latency), is: answered{r.Pod}}
 				select {
 				case d.facts <- f:
 				case <-ctx.Done():
@@ -189,19 +202,20 @@ func (d *demo) show(ctx context.Context) (result, error) {
 	}
 	sending, stopSending := context.WithCancel(ctx)
 	defer stopSending()
-	type end struct {
-		report load.Report
-		err    error
-	}
-	ended := make(chan end, 1)
+	ended := make(chan load.Report, 1)
 	go func() {
 		report, err := generator.Run(sending)
-		ended <- end{report, err}
+		if err != nil {
+			stop(err)
+		}
+		ended <- report
 	}()
 
 	fmt.Fprintf(d.screen, "sending %d requests/s, 4 in 100 of them 2 s long, over HTTP keep-alive and gRPC\n", rate)
-	warm := time.Now().Add(warmUp)
-	if err := d.until(ctx, onlineWithin, "the first requests", func() bool { return time.Now().After(warm) }, nil); err != nil {
+	if err := d.until(ctx, onlineWithin, "the first requests", func() bool {
+		s := generator.Snapshot()
+		return !s.Started.IsZero() && s.Elapsed > warmUp
+	}, nil); err != nil {
 		return result{}, err
 	}
 	for uid, p := range d.timeline.pods {
@@ -209,6 +223,7 @@ func (d *demo) show(ctx context.Context) (result, error) {
 	}
 	d.screen.end()
 	d.screen.println("")
+	d.screen.println(legend(d.screen.paint))
 	d.screen.println(header(d.screen.paint))
 	begun := time.Now()
 	d.timeline.begin(begun, fmt.Sprintf("rollout begins: %d pods to replace, %d requests/s", replicas, rate))
@@ -217,30 +232,36 @@ func (d *demo) show(ctx context.Context) (result, error) {
 	}
 	status := func() {
 		s := generator.Snapshot()
-		d.screen.show(fmt.Sprintf("%+9.1f s  %s requests, %s failed, %d in flight", time.Since(begun).Seconds(), thousands(s.Sent), thousands(s.Failed), s.InFlight))
+		d.screen.show(fmt.Sprintf("%+7.1f s  %s requests, %s failed, %d in flight", time.Since(begun).Seconds(), thousands(s.Sent), thousands(s.Failed), s.InFlight))
 	}
-	err = d.until(ctx, rolloutWithin, "the rollout", func() bool {
-		return d.timeline.replaced() && d.timeline.online(perPod, false) == replicas
+	var replaced time.Time
+	err = d.until(ctx, rolloutWithin, "the rollout", func() (ok bool) {
+		replaced, ok = d.timeline.replaced(perPod, replicas)
+		return ok
 	}, status)
 	if err != nil {
 		return result{}, err
 	}
-	took := time.Since(begun)
 	cool := time.Now().Add(coolDown)
-	if err := d.until(ctx, onlineWithin, "the last requests", func() bool { return time.Now().After(cool) }, status); err != nil {
+	if err := d.until(ctx, onlineWithin, "the requests after it", func() bool { return time.Now().After(cool) }, status); err != nil {
 		return result{}, err
 	}
 	stopSending()
-	for {
+	r := result{begun: begun, rollout: replaced.Sub(begun), names: d.timeline.names()}
+	err = d.until(ctx, onlineWithin, "the last answers", func() bool {
 		select {
-		case e := <-ended:
-			d.print(time.Time{})
-			d.screen.show("")
-			return result{report: e.report, begun: begun, rollout: took, pods: d.timeline.old()}, e.err
-		case f := <-d.facts:
-			d.timeline.add(f)
+		case r.report = <-ended:
+			return true
+		default:
+			return false
 		}
+	}, status)
+	if err != nil {
+		return result{}, err
 	}
+	d.print(time.Time{})
+	r.pods = d.timeline.old()
+	return r, nil
 }
 
 // until takes facts in, and prints them, until done says so.
@@ -272,6 +293,19 @@ func (d *demo) print(now time.Time) {
 	}
 }
 
+// lock keeps two demonstrations from sharing a namespace. The file goes with the cluster.
+func (d *demo) lock() (unlock func() error, err error) {
+	f, err := os.OpenFile(filepath.Join(d.stack.Dir(), "demo.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("keeping other demonstrations out: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, errors.New("another demonstration is running on this machine: wait for its end")
+	}
+	return f.Close, nil
+}
+
 // place makes the namespace, anew if an earlier demonstration was kept.
 func (d *demo) place(ctx context.Context) error {
 	gone, err := namespaceGone(ctx, d.stack.Client)
@@ -289,7 +323,7 @@ func (d *demo) place(ctx context.Context) error {
 
 // deploy applies the example, and waits until all its pods are found through the registry.
 func (d *demo) deploy(ctx context.Context) error {
-	fmt.Fprintf(d.screen, "deploying deploy/example/shop.yaml: %d pods, each with usher-agent beside an application that dies at once on SIGTERM\n", replicas)
+	fmt.Fprintf(d.screen, "deploying %d pods of the sample application, which dies at once on SIGTERM\n", replicas)
 	manifest, err := stack.Example(ctx, "shop.yaml")
 	if err != nil {
 		return err
@@ -341,10 +375,17 @@ Take the cluster down:  make cluster-down
 func (d *demo) remove(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanWithin)
 	defer cancel()
+	// Kubernetes leaves a namespace's pods alone for its first 5 s, and looks again much later if any are left then
+	// (namespaceDeletionGracePeriod in pkg/controller/namespace/namespace_controller.go).
+	background := metav1.DeletePropagationBackground
+	err := d.stack.Client.AppsV1().Deployments(namespace).Delete(ctx, service, metav1.DeleteOptions{PropagationPolicy: &background})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("deleting Deployment %s: %w", service, err)
+	}
 	if err := d.stack.Client.CoreV1().Namespaces().Delete(ctx, namespace, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("deleting namespace %s: %w", namespace, err)
 	}
-	err := wait.PollUntilContextCancel(ctx, 100*time.Millisecond, true, func(ctx context.Context) (bool, error) {
+	err = wait.PollUntilContextCancel(ctx, 100*time.Millisecond, true, func(ctx context.Context) (bool, error) {
 		return namespaceGone(ctx, d.stack.Client)
 	})
 	if err != nil {

@@ -101,7 +101,7 @@ func (s *screen) begin(step string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.tty {
-		s.print(fmt.Sprintf("%8s  %s", clock(time.Since(s.begun)), step))
+		s.print(fmt.Sprintf("%8s  %s", "+"+clock(time.Since(s.begun)), step))
 		return
 	}
 	// The builds repeat themselves with the time that the status shows anyway.

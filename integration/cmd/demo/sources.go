@@ -182,10 +182,16 @@ func (s *sources) ledger(ctx context.Context) {
 }
 
 // follow reads an agent's log until it ends.
-func (s *sources) follow(ctx context.Context, uid, pod string) error {
+func (s *sources) follow(ctx context.Context, uid, pod string) {
+	if err := s.read(ctx, uid, pod); err != nil && ctx.Err() == nil {
+		s.tell(ctx, uid, logUnread{err})
+	}
+}
+
+func (s *sources) read(ctx context.Context, uid, pod string) error {
 	log, err := s.client.CoreV1().Pods(namespace).GetLogs(pod, &corev1.PodLogOptions{Container: "usher", Follow: true}).Stream(ctx)
 	if err != nil {
-		return fmt.Errorf("reading the agent's log of pod %s: %w", pod, err)
+		return fmt.Errorf("its agent's log: %w", err)
 	}
 	defer log.Close()
 	lines := bufio.NewScanner(log)
@@ -195,7 +201,10 @@ func (s *sources) follow(ctx context.Context, uid, pod string) error {
 			s.tell(ctx, uid, released{v})
 		}
 	}
-	return lines.Err()
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("its agent's log: %w", err)
+	}
+	return nil
 }
 
 // parseReleased reads the log entry that an agent writes when a drain is over.

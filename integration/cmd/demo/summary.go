@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -18,9 +19,10 @@ const shownFailures = 5
 // result is what a whole demonstration came to.
 type result struct {
 	report  load.Report
-	begun   time.Time     // of the rollout
-	rollout time.Duration // until the last old pod was gone
-	pods    []*pod        // the replaced ones
+	begun   time.Time         // of the rollout
+	rollout time.Duration     // until the last old pod was gone
+	pods    []*pod            // the replaced ones
+	names   map[string]string // of all pods, by address
 }
 
 // exit is the program's exit status.
@@ -67,7 +69,7 @@ func (r result) summary(w io.Writer, p paint) {
 			slow += k.Sent
 		}
 	}
-	row("requests", "%s: %s over HTTP keep-alive, %s over gRPC; %s of them took 2 s", thousands(r.report.Sent),
+	row("requests", "%s: %s over HTTP keep-alive, %s over gRPC; %s of them asked for 2 s", thousands(r.report.Sent),
 		thousands(by[load.HTTP]), thousands(by[load.GRPC]), thousands(slow))
 	if r.report.Failed == 0 {
 		row("failed", "%s", p.with(green, "0"))
@@ -82,10 +84,10 @@ func (r result) summary(w io.Writer, p paint) {
 		fmt.Fprintln(w)
 		shown := r.report.Failures[:min(shownFailures, len(r.report.Failures))]
 		for _, f := range shown {
-			// The error may have line breaks.
-			text := fmt.Sprintf("%+.3f s  %s %s to %s failed after %s, %s: %s", f.Scheduled.Sub(r.begun).Seconds(), f.Protocol, f.Kind,
-				r.name(f.Instance), human(f.Latency), f.Class, strings.Join(strings.Fields(f.Err), " "))
-			fmt.Fprintln(w, p.with(red, cut("  "+text, width)))
+			text := fmt.Sprintf("%+9.3f s  %s %s to %s: %s after %s", f.Scheduled.Sub(r.begun).Seconds(), f.Protocol, f.Kind,
+				r.name(f.Instance), f.Class, human(f.Latency))
+			fmt.Fprintln(w, p.with(red, cut(text, width)))
+			fmt.Fprintln(w, cut(strings.Repeat(" ", 13)+strings.Join(strings.Fields(f.Err), " "), width))
 		}
 		if more := r.report.Failed - int64(len(shown)); more > 0 {
 			fmt.Fprintf(w, "  and %s more\n", thousands(more))
@@ -109,15 +111,13 @@ func (r result) classes() string {
 	return strings.Join(parts, ", ")
 }
 
-// name is the pod behind an address, if it is one of those replaced.
+// name is the pod behind an address, if one is known.
 func (r result) name(instance string) string {
 	if instance == "" {
 		return "no instance"
 	}
-	for _, p := range r.pods {
-		if p.ip != "" && strings.HasPrefix(instance, p.ip+":") {
-			return short(p.name)
-		}
+	if ip, _, err := net.SplitHostPort(instance); err == nil && r.names[ip] != "" {
+		return short(r.names[ip])
 	}
 	return instance
 }
@@ -137,22 +137,28 @@ func (p *pod) row() string {
 	return fmt.Sprintf("%-10s  %8s  %8s  %8s  %8s  %9s  %11s  %s", pad(short(p.name), 10), total, withdraw, settle, drain, flight, last, p.why())
 }
 
+// whyColumns is what the other columns leave.
+const whyColumns = width - (10 + 4*(2+8) + 2 + 9 + 2 + 11 + 2)
+
 // why says what the wait was for.
 func (p *pod) why() string {
 	v := p.verdict
 	if v == nil {
-		return "its agent's log was not seen"
+		if p.logErr != nil {
+			return cut(p.logErr.Error(), whyColumns)
+		}
+		return "not seen in its agent's log"
 	}
 	switch v.outcome {
 	case lifecycle.Drained:
 		if last := p.lastAnswer(); last > v.withdraw+v.settle {
-			return fmt.Sprintf("the last answer, then %s quiet", human(max(0, v.total-last)))
+			return fmt.Sprintf("last answer, then quiet for %s", human(max(0, v.total-last)))
 		}
-		return "consumers' time to learn, then quiet"
+		return "settle time: consumers learn of it"
 	case lifecycle.TimedOut:
 		return fmt.Sprintf("timed out with %d in flight", v.inFlight)
 	case lifecycle.Unmeasured:
-		return "in-flight count unknown: waited the floor"
+		return "in flight unknown: the floor"
 	}
-	return "settle time only: no in-flight source"
+	return "settle time: nothing to wait for"
 }

@@ -32,10 +32,8 @@ type (
 	ledgerGone    struct{}
 	inFlight      struct{ n int } // as the application counts
 	released      struct{ verdict verdict }
-	answered      struct {
-		sent time.Time
-		pod  string // its name: an answer knows no uid
-	}
+	logUnread     struct{ err error }
+	answered      struct{ pod string } // its name: an answer knows no uid
 )
 
 // verdict is what an agent's log says of a shutdown.
@@ -56,12 +54,10 @@ type pod struct {
 
 	inFlight *int // when its records were deleted
 	verdict  *verdict
-	answers  []span
+	logErr   error     // why there is no verdict
+	answer   time.Time // its last one
 	lastLine time.Time
 }
-
-// span is one answered request.
-type span struct{ from, to time.Time }
 
 // line is a line of the timeline. Its text is written when it is printed, from what is known by then.
 type line struct {
@@ -92,11 +88,12 @@ func (t *timeline) begin(at time.Time, text string) {
 	t.waiting = append(t.waiting, line{at: at, text: func() string { return text }})
 }
 
-// add takes a fact in.
+// add takes a fact in. An agent is a watcher of Kubernetes like the one here, and at times so much faster that what it did
+// is seen before its reason: that is one line then.
 func (t *timeline) add(f fact) {
 	if a, ok := f.is.(answered); ok {
-		if p := t.byName[a.pod]; p != nil {
-			p.answers = append(p.answers, span{a.sent, f.at})
+		if p := t.byName[a.pod]; p != nil && f.at.After(p.answer) {
+			p.answer = f.at
 		}
 		return
 	}
@@ -118,12 +115,12 @@ func (t *timeline) add(f fact) {
 			say("created by the Deployment")
 		}
 	case podReady:
-		if first(&p.ready, f.at) {
+		if first(&p.ready, f.at) && p.registered.IsZero() {
 			say("endpoint ready in Kubernetes")
 		}
 	case podDeleted:
-		if first(&p.deleted, f.at) {
-			say(fmt.Sprintf("deleted by the rollout, with %s to end; preStop is called", is.grace))
+		if first(&p.deleted, f.at) && p.withdrawn.IsZero() {
+			say(fmt.Sprintf("deleted by the rollout, grace period %.0f s", is.grace.Seconds()))
 		}
 	case recordPut:
 		p.keys[is.key] = true
@@ -135,19 +132,26 @@ func (t *timeline) add(f fact) {
 		p.inFlight = &is.n
 	case released:
 		p.verdict = &is.verdict
+	case logUnread:
+		p.logErr = is.err
 	case ledgerSays:
 		if is.state != p.state {
 			p.state = is.state
 			t.show(line{at: f.at, pod: p, state: is.state, changed: true, text: func() string { return p.explain(is) }})
 		}
 	case ledgerGone:
-		if p.state != lifecycle.Stopped.String() {
+		switch {
+		case p.deleted.IsZero():
+			p.state = ""
+			say("its ledger record is gone")
+		case p.state != lifecycle.Stopped.String():
+			// The agent seldom has the time to write its last state down.
 			p.state = lifecycle.Stopped.String()
-			t.show(line{at: f.at, pod: p, state: p.state, changed: true, text: func() string { return "agent ended, its ledger record is gone" }})
+			t.show(line{at: f.at, pod: p, state: p.state, changed: true, text: func() string { return stopped }})
 		}
 	case appEnded:
 		if first(&p.ended, f.at) {
-			say(fmt.Sprintf("application ended%s", exitCode(is.code)))
+			say("Kubernetes reports the application's end: " + exitCode(is.code))
 		}
 	case podGone:
 		if first(&p.gone, f.at) {
@@ -160,6 +164,9 @@ func (t *timeline) add(f fact) {
 		}
 	}
 }
+
+// stopped is what the end of an agent means: the kubelet ends native sidecars after the application.
+const stopped = "agent stops, after the application"
 
 // first notes a moment, unless one is noted already.
 func first(t *time.Time, at time.Time) bool {
@@ -220,8 +227,11 @@ func (p *pod) explain(is ledgerSays) string {
 		switch {
 		case p.withdrawn.IsZero():
 			text = "to be deregistered"
-		case !p.deleted.IsZero() && p.withdrawn.After(p.deleted):
-			text += fmt.Sprintf(" %s after the deletion", human(p.withdrawn.Sub(p.deleted)))
+		case p.deleted.IsZero():
+		case p.withdrawn.After(p.deleted):
+			text += fmt.Sprintf(" %s after deletion", human(p.withdrawn.Sub(p.deleted)))
+		default:
+			text = "deleted and deregistered at once"
 		}
 		if p.inFlight != nil {
 			text += fmt.Sprintf(", %s in flight", plural(*p.inFlight, "request"))
@@ -230,7 +240,7 @@ func (p *pod) explain(is ledgerSays) string {
 	case lifecycle.Released.String():
 		v := p.verdict
 		if v == nil {
-			return "SIGTERM may proceed"
+			return "SIGTERM may come"
 		}
 		text := fmt.Sprintf("%s in %s", v.outcome, human(v.total))
 		if v.outcome == lifecycle.TimedOut {
@@ -238,26 +248,20 @@ func (p *pod) explain(is ledgerSays) string {
 		} else if last := p.lastAnswer(); last > 0 {
 			text += fmt.Sprintf(", last answer at %s", human(last))
 		}
-		return text + "; SIGTERM may proceed"
+		return text + "; SIGTERM may come"
 	case lifecycle.Stopped.String():
-		return "agent got SIGTERM, after the application"
+		return stopped
 	}
 	return is.cause
 }
 
-// lastAnswer is when the last request was answered that was under way when the records were deleted, counted from the
-// deletion of the pod; 0 when there was none.
+// lastAnswer is when the last request was answered, counted from the deletion of the pod; 0 when that was before its
+// records were deleted.
 func (p *pod) lastAnswer() time.Duration {
-	if p.withdrawn.IsZero() || p.deleted.IsZero() {
+	if p.withdrawn.IsZero() || p.deleted.IsZero() || !p.answer.After(p.withdrawn) {
 		return 0
 	}
-	var last time.Duration
-	for _, a := range p.answers {
-		if a.from.Before(p.withdrawn) && a.to.After(p.withdrawn) {
-			last = max(last, a.to.Sub(p.deleted))
-		}
-	}
-	return last
+	return p.answer.Sub(p.deleted)
 }
 
 // online counts the pods that have as many consumer records as they should.
@@ -271,14 +275,31 @@ func (t *timeline) online(records int, old bool) int {
 	return n
 }
 
-// replaced says that all old pods are gone.
-func (t *timeline) replaced() bool {
+// replaced says when the last old pod was gone and so many new ones had been registered, if that is so by now.
+func (t *timeline) replaced(records, pods int) (time.Time, bool) {
+	var last time.Time
 	for _, p := range t.pods {
-		if p.old && p.gone.IsZero() {
-			return false
+		at := p.registered
+		if p.old {
+			at = p.gone
+			if at.IsZero() {
+				return time.Time{}, false
+			}
+		}
+		if at.After(last) {
+			last = at
 		}
 	}
-	return true
+	return last, t.online(records, false) == pods
+}
+
+// names are the pods by their addresses.
+func (t *timeline) names() map[string]string {
+	m := map[string]string{}
+	for _, p := range t.pods {
+		m[p.ip] = p.name
+	}
+	return m
 }
 
 // old are the pods that were replaced, in the order of their deletion.
@@ -296,7 +317,7 @@ func (t *timeline) old() []*pod {
 func exitCode(code int32) string {
 	const bySIGTERM = 128 + 15
 	if code == bySIGTERM {
-		return " by SIGTERM (exit code 143)"
+		return "SIGTERM (143)"
 	}
-	return fmt.Sprintf(" with exit code %d", code)
+	return fmt.Sprintf("exit code %d", code)
 }
