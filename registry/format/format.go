@@ -1,5 +1,10 @@
 // Package format turns an instance into the etcd records that existing discovery clients read. Codecs are pure: they
-// validate strictly and never touch etcd, since one malformed record can break a whole service for its readers.
+// never touch etcd, and they validate strictly, since one malformed record can break a whole service for its readers.
+//
+//	Spec --New--> Format           settings are checked once, before anything starts
+//	Instance --Records--> []Record all or nothing: keys and values that keep every rule, or an *Error
+//
+// docs/formats.md has the formats, their readers and what those can be told.
 package format
 
 import (
@@ -9,15 +14,22 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
-// Instance is what a format may say of an instance.
+// Instance is what a format may say of an instance. What a format has no place for (see docs/formats.md) it leaves out.
 type Instance struct {
 	ID        string // unique among all instances that ever were: the pod's UID
 	Namespace string
 	Service   string
 	Addresses []netip.Addr // the primary one first; formats of one address use it
 	Ports     []Port
+	Weight    int // share of the traffic; 0: the default of the format's readers
+	Version   string
+	Zone      string
+	Metadata  map[string]string
+	// Draining asks readers for no more new requests. A format that can't say so has no records then.
+	Draining bool
 }
 
 // Port is one port of an instance.
@@ -32,101 +44,198 @@ type Record struct{ Key, Value string }
 
 // Format is one kind of record.
 type Format interface {
-	// Records are the keys and values of an instance. A rule that the instance breaks is an *Error.
+	// Records are the keys and values of an instance; none for a draining one if the format can't say so. A rule that
+	// the instance breaks is an *Error, and there are no records then.
 	Records(Instance) ([]Record, error)
-	// Prefix is what readers of these records list and watch.
+	// Prefix is what the keys of all records begin with.
 	Prefix() string
+	// CanDrain tells whether a draining instance has records that say so. It is then said before the records go.
+	CanDrain() bool
+	// Lag is how long readers may go on after the records are gone, on top of the milliseconds of an etcd watch.
+	Lag() time.Duration
 }
 
-// Spec is a format as it is configured.
+// Spec is a format as it is configured. A field that the format doesn't use is refused.
 type Spec struct {
-	Type   string `json:"type"`
-	Target string `json:"target,omitempty"` // grpc: what clients dial as etcd:///<target>
-	Port   string `json:"port,omitempty"`   // name or number; empty: the only TCP port
+	Type string `json:"type"`
+	// Target is the key that clients ask for (grpc: they dial etcd:///<target>; gozero: Etcd.Key).
+	Target string `json:"target,omitempty"`
+	// Name is what clients call the service (kratos, kitex, hertz, skydns, traefik, go-micro, rpcx).
+	Name string `json:"name,omitempty"`
+	// Prefix is the path that all services lie under (kratos, kitex, skydns, traefik, go-micro, rpcx). Each format but
+	// rpcx has its readers' default.
+	Prefix string `json:"prefix,omitempty"`
+	// Domain is the zone, or a domain in it, that Name belongs to (skydns).
+	Domain string `json:"domain,omitempty"`
+	// Port is the name or number of a TCP port; empty means the only one. kratos and skydns take several, as in
+	// grpc+http. What readers call a port may go before it, as in http:web+grpc:9090: the URL's scheme (kratos,
+	// traefik), or the service of an SRV name (skydns).
+	Port string `json:"port,omitempty"`
+	// TTL is how long resolvers may keep a record, in seconds (skydns); 0 means 5.
+	TTL int `json:"ttl,omitempty"`
+	// Key and Value are Go text/templates over the instance (template).
+	Key   string `json:"key,omitempty"`
+	Value string `json:"value,omitempty"`
 }
 
 // Error names the format, the field and the rule that was broken.
 type Error struct{ Format, Field, Value, Rule string }
 
 func (e *Error) Error() string {
-	return fmt.Sprintf("format %s: %s %q: %s", e.Format, e.Field, e.Value, e.Rule)
+	v := e.Value
+	if len(v) > 200 {
+		v = v[:200] + "..."
+	}
+	return fmt.Sprintf("format %s: %s %q: %s", e.Format, e.Field, v, e.Rule)
 }
 
-var builders = map[string]func(Spec) (Format, error){
-	"grpc": newGRPC,
+// kind is a type of format: how it is built, and of which fields of Spec.
+type kind struct {
+	build func(Spec) (codec, error)
+	uses  []string
+}
+
+var kinds = map[string]kind{
+	"grpc":     {newGRPC, []string{"target", "port"}},
+	"gozero":   {newGoZero, []string{"target", "port"}},
+	"kratos":   {newKratos, []string{"name", "prefix", "port"}},
+	"kitex":    {newKitex, []string{"name", "prefix", "port"}},
+	"hertz":    {newHertz, []string{"name", "port"}},
+	"skydns":   {newSkyDNS, []string{"name", "prefix", "domain", "port", "ttl"}},
+	"traefik":  {newTraefik, []string{"name", "prefix", "port"}},
+	"go-micro": {newGoMicro, []string{"name", "prefix", "port"}},
+	"rpcx":     {newRPCX, []string{"name", "prefix", "port"}},
+	"template": {newTemplate, []string{"port", "key", "value"}},
 }
 
 // Types are the names that Spec.Type may have.
-func Types() []string { return slices.Sorted(maps.Keys(builders)) }
+func Types() []string { return slices.Sorted(maps.Keys(kinds)) }
+
+// fields are those of Spec beside the type, by their keys in a file, in the order of the struct.
+func (s *Spec) fields() []struct {
+	key  string
+	text *string
+} {
+	return []struct {
+		key  string
+		text *string
+	}{
+		{"target", &s.Target}, {"name", &s.Name}, {"prefix", &s.Prefix}, {"domain", &s.Domain},
+		{"port", &s.Port}, {"key", &s.Key}, {"value", &s.Value},
+	}
+}
+
+// Set sets the field that is key in a file, as "target=shop/api" on a command line does; "format" is the type too.
+func (s *Spec) Set(key, value string) error {
+	switch key {
+	case "type", "format":
+		s.Type = value
+		return nil
+	case "ttl":
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return &Error{Format: s.Type, Field: "ttl", Value: value, Rule: "want a number of seconds"}
+		}
+		s.TTL = n
+		return nil
+	}
+	keys := []string{"format", "ttl"}
+	for _, f := range s.fields() {
+		if f.key == key {
+			*f.text = value
+			return nil
+		}
+		keys = append(keys, f.key)
+	}
+	return &Error{Format: s.Type, Field: key, Value: value, Rule: "no such setting, want one of " + strings.Join(keys, ", ")}
+}
+
+// WithDefaults fills in what follows from the Service: type grpc, target <namespace>/<service>, name <service>.
+func (s Spec) WithDefaults(namespace, service string) Spec {
+	if s.Type == "" {
+		s.Type = "grpc"
+	}
+	uses := kinds[s.Type].uses
+	if s.Target == "" && slices.Contains(uses, "target") {
+		s.Target = namespace + "/" + service
+	}
+	if s.Name == "" && slices.Contains(uses, "name") {
+		s.Name = service
+	}
+	return s
+}
 
 // New builds the format that s describes. Errors are *Error.
 func New(s Spec) (Format, error) {
-	b, ok := builders[s.Type]
+	k, ok := kinds[s.Type]
 	if !ok {
 		return nil, &Error{Format: strconv.Quote(s.Type), Field: "type", Value: s.Type, Rule: "want one of " + strings.Join(Types(), ", ")}
 	}
-	return b(s)
+	unused := func(key, value string) error {
+		return &Error{Format: s.Type, Field: key, Value: value, Rule: "this format has no such setting, only " + strings.Join(k.uses, ", ")}
+	}
+	for _, f := range s.fields() {
+		if *f.text != "" && !slices.Contains(k.uses, f.key) {
+			return nil, unused(f.key, *f.text)
+		}
+	}
+	if s.TTL != 0 && !slices.Contains(k.uses, "ttl") {
+		return nil, unused("ttl", strconv.Itoa(s.TTL))
+	}
+	c, err := k.build(s)
+	if err != nil {
+		return nil, err
+	}
+	c.format = s.Type
+	return c, nil
 }
 
-// choosePort finds the port that want names: a number as it stands, a name among the instance's TCP ports, or the only
-// TCP port when want is empty.
-func choosePort(format, want string, ports []Port) (uint16, error) {
-	fail := func(rule string) (uint16, error) {
-		return 0, &Error{Format: format, Field: "port", Value: want, Rule: rule}
-	}
-	if n, err := strconv.ParseUint(want, 10, 16); err == nil && n > 0 {
-		return uint16(n), nil
-	}
-	var tcp []Port
-	var names []string
-	for _, p := range ports {
-		if (p.Protocol == "" || p.Protocol == "TCP") && p.Number != 0 {
-			tcp = append(tcp, p)
-			names = append(names, fmt.Sprintf("%s (%d)", p.Name, p.Number))
-		}
-	}
-	if want == "" {
-		switch len(tcp) {
-		case 0:
-			return fail("the Service has no TCP port: give the number")
-		case 1:
-			return tcp[0].Number, nil
-		}
-		return fail("the Service has several ports, choose one of " + strings.Join(names, ", "))
-	}
-	for _, p := range tcp {
-		if p.Name == want {
-			return p.Number, nil
-		}
-	}
-	return fail("the Service has no such TCP port, only " + strings.Join(names, ", "))
+// codec is a Format: the rules that all have in common around the encoding of one.
+type codec struct {
+	format string
+	prefix string
+	lag    time.Duration
+	drains bool
+	encode func(Instance) ([]Record, error)
 }
 
-// checkPort is what can be said of a port before any instance is known.
-func checkPort(format, want string) error {
-	if n, err := strconv.Atoi(want); err == nil && (n < 1 || n > 65535) {
-		return &Error{Format: format, Field: "port", Value: want, Rule: "want a port name or a number from 1 to 65535"}
+func (c codec) Prefix() string     { return c.prefix }
+func (c codec) CanDrain() bool     { return c.drains }
+func (c codec) Lag() time.Duration { return c.lag }
+
+func (c codec) Records(i Instance) ([]Record, error) {
+	if i.Draining && !c.drains {
+		return nil, nil
 	}
-	return nil
+	if err := checkSegment(c.format, "id", i.ID); err != nil {
+		return nil, err
+	}
+	if len(i.Addresses) == 0 {
+		return nil, &Error{Format: c.format, Field: "address", Rule: "the instance has none"}
+	}
+	i.Addresses = slices.Clone(i.Addresses)
+	for n, a := range i.Addresses {
+		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() {
+			return nil, &Error{Format: c.format, Field: "address", Value: a.String(), Rule: "want the IP address of one host"}
+		}
+		i.Addresses[n] = a.WithZone("").Unmap()
+	}
+	recs, err := c.encode(i)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{}
+	for _, r := range recs {
+		if err := checkRecord(c.format, c.prefix, r); err != nil {
+			return nil, err
+		}
+		if seen[r.Key] {
+			return nil, &Error{Format: c.format, Field: "key", Value: r.Key, Rule: "two records of the instance would have it"}
+		}
+		seen[r.Key] = true
+	}
+	return recs, nil
 }
 
-// checkPath holds a key path against what etcd's tools and readers can be relied on to handle.
-func checkPath(format, field, path string) error {
-	fail := func(rule string) error { return &Error{Format: format, Field: field, Value: path, Rule: rule} }
-	switch {
-	case path == "":
-		return fail("want a path such as shop/api")
-	case strings.HasPrefix(path, "/usher/"):
-		return fail("/usher/ is the ledger's own")
-	case strings.HasSuffix(path, "/"):
-		return fail("want no slash at the end")
-	case strings.Contains(path, "//"):
-		return fail("want no empty segment")
-	}
-	for _, r := range path {
-		if r <= ' ' || r == 0x7f || r == '\ufffd' {
-			return fail("want no space and no control character")
-		}
-	}
-	return nil
-}
+// hostPort is addr and port as clients dial them, IPv6 in brackets.
+func hostPort(addr netip.Addr, port uint16) string { return netip.AddrPortFrom(addr, port).String() }

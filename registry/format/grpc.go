@@ -1,20 +1,6 @@
 package format
 
-import (
-	"encoding/json"
-	"net/netip"
-)
-
-// grpc is the record of etcd's naming package, go.etcd.io/etcd/client/v3/naming: `<target>/<id>`, read with the prefix
-// `<target>/` by clients that dial `etcd:///<target>`.
-type grpc struct{ target, port string }
-
-func newGRPC(s Spec) (Format, error) {
-	if err := checkPath("grpc", "target", s.Target); err != nil {
-		return nil, err
-	}
-	return grpc{s.Target, s.Port}, checkPort("grpc", s.Port)
-}
+import "encoding/json"
 
 // grpcValue is the naming package's internal.Update. Metadata must stay absent: some client versions pass it on as a
 // map key, and an object there panics grpc.
@@ -23,22 +9,27 @@ type grpcValue struct {
 	Addr string
 }
 
-func (g grpc) Prefix() string { return g.target + "/" }
-
-func (g grpc) Records(i Instance) ([]Record, error) {
-	if err := checkPath("grpc", "id", i.ID); err != nil {
-		return nil, err
+// newGRPC is the record of etcd's naming package, go.etcd.io/etcd/client/v3/naming: `<target>/<id>`, read and watched
+// with the prefix `<target>/` by clients that dial `etcd:///<target>` (resolver/resolver.go takes the URL's path, less
+// one slash at its start; endpoints/endpoints_impl.go adds the one at its end).
+func newGRPC(s Spec) (codec, error) {
+	if err := checkTarget(s.Type, s.Target); err != nil {
+		return codec{}, err
 	}
-	port, err := choosePort("grpc", g.port, i.Ports)
+	ref, err := onePort(s.Type, s.Port)
 	if err != nil {
-		return nil, err
+		return codec{}, err
 	}
-	if len(i.Addresses) == 0 || !i.Addresses[0].IsValid() {
-		return nil, &Error{Format: "grpc", Field: "address", Rule: "the instance has none"}
-	}
-	v, err := json.Marshal(grpcValue{Addr: netip.AddrPortFrom(i.Addresses[0].WithZone(""), port).String()})
-	if err != nil {
-		return nil, err
-	}
-	return []Record{{Key: g.Prefix() + i.ID, Value: string(v)}}, nil
+	prefix := s.Target + "/"
+	return codec{prefix: prefix, encode: func(i Instance) ([]Record, error) {
+		port, err := ref.find(s.Type, i.Ports)
+		if err != nil {
+			return nil, err
+		}
+		v, err := json.Marshal(grpcValue{Addr: hostPort(i.Addresses[0], port.Number)})
+		if err != nil {
+			return nil, err
+		}
+		return []Record{{Key: prefix + i.ID, Value: string(v)}}, nil
+	}}, nil
 }
