@@ -387,6 +387,9 @@ func TestSteadyStateCostsNoTransactions(t *testing.T) {
 	if got := w.get(ledger).rev; got != rev {
 		t.Errorf("revision %d became %d", rev, got)
 	}
+	if n := a.Counters.Transactions.Load(); n != 1 {
+		t.Errorf("%d transactions in all, want just the one that registered: its own writing is no news to an agent", n)
+	}
 }
 
 func TestLastingProblemIsNoTightLoop(t *testing.T) {
