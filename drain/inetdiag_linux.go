@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -63,8 +62,6 @@ func (r diagRequest) Serialize() []byte {
 	return b
 }
 
-var diagSequence atomic.Uint32
-
 // dump calls f for every TCP socket of one family whose local port is within the range. The socket it is given is valid
 // during the call only.
 func (r diagRequest) dump(ctx context.Context, timeout time.Duration, f func(*socket)) error {
@@ -82,7 +79,7 @@ func (r diagRequest) dump(ctx context.Context, timeout time.Duration, f func(*so
 	}
 
 	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Seq: diagSequence.Add(1), Socket: conn}}
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Seq: 1, Socket: conn}}
 	req.AddData(r)
 	var parseErr error
 	var s socket
