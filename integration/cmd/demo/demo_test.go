@@ -279,7 +279,7 @@ func TestSummaryOfAFailure(t *testing.T) {
 	r.summary(&b, false)
 	for _, want := range []string{
 		"failed    23: 1 eof, 22 reset\n",
-		"   +3.300 s  http fast to shop-x2x9p: reset after 3.0 ms\n" +
+		"   +3.303 s  http fast to shop-x2x9p: reset after 3.0 ms\n" +
 			"             read tcp 10.0.0.9:1234->10.0.0.1:8080: read: connection reset by peer, and so on, and so on, a...\n",
 		"  and 18 more\n",
 	} {
@@ -379,7 +379,7 @@ func TestStatusStaysBelowTheLines(t *testing.T) {
 func TestStepsSayOnceThatTheyWereTaken(t *testing.T) {
 	var b bytes.Buffer
 	s := &screen{w: &b, tty: true, columns: func() int { return 80 }}
-	s.Write([]byte("building etcd\nbuilding etcd: 30s\nstarting\n"))
+	s.Write([]byte("building etcd\nbuilding etcd: 30s\nbuilt etcd in 42s\nstarting\n"))
 	s.end()
 	// What was overwritten is gone from a terminal.
 	var got []string

@@ -63,6 +63,8 @@ const (
 	cleanWithin = time.Minute
 )
 
+var errInterrupted = errors.New("interrupted")
+
 func mix() []load.Share {
 	return []load.Share{{Kind: load.Fast, Weight: 96}, {Kind: load.Slow, Weight: 4, For: 2 * time.Second}}
 }
@@ -97,9 +99,6 @@ func main() {
 	context.AfterFunc(ctx, stop)
 	d := &demo{keep: keep, screen: newScreen(os.Stdout), timeline: newTimeline(), facts: make(chan fact, 1024)}
 	code, err := d.run(ctx)
-	if ctx.Err() != nil {
-		err = errors.New("interrupted")
-	}
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
@@ -141,6 +140,9 @@ func (d *demo) run(ctx context.Context) (code int, err error) {
 	defer d.screen.end()
 
 	d.stack, err = stack.Up(ctx, stack.Config{Cluster: cluster.Config{Detach: d.keep}, Progress: d.screen})
+	if err != nil && ctx.Err() != nil {
+		return 1, fmt.Errorf("%w: %w", errInterrupted, err)
+	}
 	if err != nil {
 		return 1, err
 	}
@@ -156,14 +158,20 @@ func (d *demo) run(ctx context.Context) (code int, err error) {
 		var b strings.Builder
 		r.summary(&b, d.screen.paint)
 		d.screen.println(b.String())
+	} else if ctx.Err() != nil {
+		err = errInterrupted
 	}
 	err = errors.Join(err, d.cleanUp(context.WithoutCancel(ctx), ctx.Err() == nil))
 	d.screen.end()
 	if err != nil {
 		return 1, err
 	}
-	d.screen.println(d.screen.paint.with(bold, r.lastLine()))
-	return r.exit(), nil
+	code, colour := r.exit(), bold
+	if code != 0 {
+		colour = red
+	}
+	d.screen.println(d.screen.paint.with(colour, r.lastLine()))
+	return code, nil
 }
 
 // show is the part that people came for.

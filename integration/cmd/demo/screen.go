@@ -104,8 +104,8 @@ func (s *screen) begin(step string) {
 		s.print(fmt.Sprintf("%8s  %s", "+"+clock(time.Since(s.begun)), step))
 		return
 	}
-	// The builds repeat themselves with the time that the status shows anyway.
-	if s.step != "" && strings.HasPrefix(step, s.step+": ") {
+	// The builds repeat themselves with the time that is shown anyway.
+	if s.step != "" && (strings.HasPrefix(step, s.step+": ") || strings.HasPrefix(step, "built ")) {
 		return
 	}
 	s.finish()

@@ -84,7 +84,7 @@ func (r result) summary(w io.Writer, p paint) {
 		fmt.Fprintln(w)
 		shown := r.report.Failures[:min(shownFailures, len(r.report.Failures))]
 		for _, f := range shown {
-			text := fmt.Sprintf("%+9.3f s  %s %s to %s: %s after %s", f.Scheduled.Sub(r.begun).Seconds(), f.Protocol, f.Kind,
+			text := fmt.Sprintf("%+9.3f s  %s %s to %s: %s after %s", f.Scheduled.Add(f.Latency).Sub(r.begun).Seconds(), f.Protocol, f.Kind,
 				r.name(f.Instance), f.Class, human(f.Latency))
 			fmt.Fprintln(w, p.with(red, cut(text, width)))
 			fmt.Fprintln(w, cut(strings.Repeat(" ", 13)+strings.Join(strings.Fields(f.Err), " "), width))
