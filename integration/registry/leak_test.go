@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"usher.dev/usher/integration/internal/etcdtest"
+	"usher.dev/usher/lifecycle"
 	"usher.dev/usher/registry"
 )
 
@@ -60,6 +61,24 @@ func TestNoLeakedGoroutines(t *testing.T) {
 	goroutinesFallTo(t, steady, "after five lost leases")
 	a.stop()
 	goroutinesFallTo(t, none, "after Run")
+
+	// A watch that another one replaces is gone: as many as for an agent that had all its Services from the start.
+	services := []string{"api", "web", "admin"}
+	a = w.registered(spec{services: services})
+	time.Sleep(200 * time.Millisecond)
+	steady, _ = clientGoroutines()
+	a.stop()
+	goroutinesFallTo(t, none, "after Run with three Services")
+	a = w.start(spec{services: services})
+	for n := range services {
+		d := a.desired(lifecycle.Online, "ready")
+		d.Instances = d.Instances[:n+1]
+		a.Set(d)
+		a.sync()
+	}
+	a.advertised()
+	goroutinesFallTo(t, steady, "after three watches")
+	a.stop()
 
 	link := w.etcd.Link()
 	link.Set(etcdtest.Refuse)
