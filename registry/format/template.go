@@ -75,7 +75,7 @@ func newTemplate(s Spec) (codec, error) {
 	one := Instance{
 		ID: "0a", Namespace: "0b", Service: "0c",
 		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("1000::1")},
-		Ports: []Port{{Name: ref.want, Number: 1}}, Version: "0d", Zone: "0e",
+		Ports:     []Port{{Name: ref.want, Number: 1}}, Version: "0d", Zone: "0e",
 	}
 	sibling := one
 	sibling.ID, sibling.Addresses = "1a", []netip.Addr{netip.MustParseAddr("20.0.0.2"), netip.MustParseAddr("2000::2")}
@@ -107,7 +107,11 @@ func newTemplate(s Spec) (codec, error) {
 	case strings.TrimSpace(out["value"]) == "" || strings.TrimSpace(out["value draining"]) == "":
 		return fail("value", s.Value, "want one that is not empty, draining or not")
 	}
-	if err := checkPath(s.Type, "key", out["key"]); err != nil {
+	whole := out["key"]
+	if strings.Contains(s.Key, "Metadata") {
+		whole = strings.TrimRight(prefix, "/") // the rest may be empty without the metadata
+	}
+	if err := checkPath(s.Type, "key", whole); err != nil {
 		return codec{}, err
 	}
 	for _, t := range parsed {
@@ -148,16 +152,16 @@ func render(t *template.Template, d templateData) (string, error) {
 	if err := t.Execute(&out, d); err != nil {
 		return "", err
 	}
-	return out.String(), nil
+	return out.b.String(), nil
 }
 
-type limited struct{ bytes.Buffer }
+type limited struct{ b bytes.Buffer }
 
 func (l *limited) Write(p []byte) (int, error) {
-	if l.Len()+len(p) > maxValue {
+	if l.b.Len()+len(p) > maxValue {
 		return 0, fmt.Errorf("more than %d bytes", maxValue)
 	}
-	return l.Buffer.Write(p)
+	return l.b.Write(p)
 }
 
 func templateHostPort(address string, port uint16) (string, error) {
