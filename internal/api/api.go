@@ -29,7 +29,7 @@ const (
 	TimedOut Outcome = "timed-out"
 	// Unmeasured: a source failed, so the configured floor was waited out instead.
 	Unmeasured Outcome = "unmeasured"
-	// Skipped: there was nothing to wait for; the instance was never advertised, or no source is configured.
+	// Skipped: no in-flight source is configured, so only the settle time was waited.
 	Skipped Outcome = "skipped"
 )
 
