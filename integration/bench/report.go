@@ -13,8 +13,8 @@ import (
 
 // Dist is how a figure is distributed.
 type Dist struct {
-	N                int
-	Median, P99, Max float64
+	N           int
+	Median, P99 float64
 }
 
 // distribution of samples. Quantiles are by nearest rank, so each is a sample that was seen.
@@ -24,13 +24,24 @@ func distribution[T cmp.Ordered](samples []T, number func(T) float64) Dist {
 	}
 	s := slices.Sorted(slices.Values(samples))
 	rank := func(q float64) float64 { return number(s[int(math.Ceil(q*float64(len(s))))-1]) }
-	return Dist{N: len(s), Median: rank(0.5), P99: rank(0.99), Max: rank(1)}
+	return Dist{N: len(s), Median: rank(0.5), P99: rank(0.99)}
 }
 
 func durations(d []time.Duration) Dist { return distribution(d, time.Duration.Seconds) }
-func sizes(b []int64) Dist             { return distribution(b, func(n int64) float64 { return float64(n) }) }
-func shares(s []float64) Dist          { return distribution(s, func(f float64) float64 { return f }) }
-func one(v float64) Dist               { return Dist{N: 1, Median: v, P99: v, Max: v} }
+func one(v float64) Dist               { return Dist{N: 1, Median: v, P99: v} }
+
+// over is how a property of processes is distributed.
+func over(costs []cost, property func(cost) float64) Dist {
+	values := make([]float64, len(costs))
+	for i, c := range costs {
+		values[i] = property(c)
+	}
+	return distribution(values, func(v float64) float64 { return v })
+}
+
+func rss(c []cost) Dist    { return over(c, func(c cost) float64 { return float64(c.rss) }) }
+func anon(c []cost) Dist   { return over(c, func(c cost) float64 { return float64(c.anon) }) }
+func shares(c []cost) Dist { return over(c, func(c cost) float64 { return c.cpu }) }
 
 // Unit is what a figure is counted in.
 type Unit int

@@ -20,17 +20,14 @@ import (
 
 const startTimeout = 2 * time.Minute
 
-// sidecars are the agents of running pods.
-type sidecars struct{ pids []int }
-
-// cost is what each agent takes.
+// cost is what a process takes.
 type cost struct {
-	rss, anon []int64   // bytes
-	cpu       []float64 // share of a core
+	rss, anon int64   // bytes
+	cpu       float64 // share of a core
 }
 
-// startSidecars applies the example with n replicas, and waits until each has registered.
-func startSidecars(ctx context.Context, s *stack.Stack, namespace string, n int) (*sidecars, error) {
+// startSidecars applies the example with n replicas, waits until each has registered, and returns the agents' processes.
+func startSidecars(ctx context.Context, s *stack.Stack, namespace string, n int) (pids []int, err error) {
 	manifest, err := stack.Example(ctx, "shop.yaml")
 	if err != nil {
 		return nil, err
@@ -67,7 +64,6 @@ func startSidecars(ctx context.Context, s *stack.Stack, namespace string, n int)
 	if err != nil {
 		return nil, fmt.Errorf("waiting for %d pods to be registered, saw %s: %w", n, seen, err)
 	}
-	var out sidecars
 	for _, p := range pods {
 		var id string
 		for _, c := range p.Status.InitContainerStatuses {
@@ -79,9 +75,9 @@ func startSidecars(ctx context.Context, s *stack.Stack, namespace string, n int)
 		if err != nil {
 			return nil, fmt.Errorf("finding the agent of pod %s: %w", p.Name, err)
 		}
-		out.pids = append(out.pids, pid)
+		pids = append(pids, pid)
 	}
-	return &out, nil
+	return pids, nil
 }
 
 // containerPID finds a container's process by its cgroup.
@@ -104,35 +100,33 @@ func containerPID(id string) (int, error) {
 }
 
 // idle counts CPU time for that long, then reads the memory.
-func (s *sidecars) idle(ctx context.Context, during time.Duration) (cost, error) {
-	var c cost
-	before := make([]time.Duration, len(s.pids))
-	begun := make([]time.Time, len(s.pids))
-	for i, pid := range s.pids {
+func idle(ctx context.Context, pids []int, during time.Duration) ([]cost, error) {
+	before := make([]time.Duration, len(pids))
+	begun := make([]time.Time, len(pids))
+	for i, pid := range pids {
 		var err error
 		if before[i], err = cpuTime(pid); err != nil {
-			return c, err
+			return nil, err
 		}
 		begun[i] = time.Now()
 	}
 	select {
 	case <-time.After(during):
 	case <-ctx.Done():
-		return c, context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
-	for i, pid := range s.pids {
+	out := make([]cost, len(pids))
+	for i, pid := range pids {
 		after, err := cpuTime(pid)
 		if err != nil {
-			return c, err
+			return nil, err
 		}
-		c.cpu = append(c.cpu, (after-before[i]).Seconds()/time.Since(begun[i]).Seconds())
-		rss, anon, err := memory(pid)
-		if err != nil {
-			return c, err
+		out[i].cpu = (after - before[i]).Seconds() / time.Since(begun[i]).Seconds()
+		if out[i].rss, out[i].anon, err = memory(pid); err != nil {
+			return nil, err
 		}
-		c.rss, c.anon = append(c.rss, rss), append(c.anon, anon)
 	}
-	return c, nil
+	return out, nil
 }
 
 // cpuTime is what all threads of a process have run, in nanoseconds: the first field of schedstat (proc(5)). The times in
