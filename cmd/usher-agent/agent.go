@@ -26,8 +26,12 @@ import (
 	"usher.dev/usher/watcher"
 )
 
-// flushTimeout bounds how long answers to hook calls may take to leave at the very end.
-const flushTimeout = 2 * time.Second
+const (
+	// flushTimeout bounds how long answers to hook calls may take to leave at the very end.
+	flushTimeout = 2 * time.Second
+	// lastWord is for the ledger's last write, so that it isn't cut off in the middle, which etcd's client would warn of.
+	lastWord = 200 * time.Millisecond
+)
 
 // agent is the packages put together.
 type agent struct {
@@ -243,6 +247,9 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 		if v, serr := a.machine.Stop(ctx, lifecycle.CauseSignal); serr == nil {
 			a.log.Info("stopped", zap.String("verdict", v.Message()))
 		}
+		word, cancel := context.WithTimeout(ctx, lastWord)
+		a.registrar.Sync(word) // that it failed is in the log
+		cancel()
 		giveUp()
 	}
 

@@ -94,6 +94,7 @@ func TestDeletedPodIsWithdrawnThenDrainedThenStopped(t *testing.T) {
 	if c, ok := p.changes.last(p.ledger()); !ok || !c.deleted {
 		t.Errorf("the ledger has %s, want nothing left", c)
 	}
+	sp.calm()
 }
 
 func TestIdlePodStopsAfterTheSettleTime(t *testing.T) {

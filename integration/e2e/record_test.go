@@ -78,8 +78,8 @@ func (c *changes) last(key string) (change, bool) {
 
 // line is one of a container's log, with the time at which containerd got it.
 type line struct {
-	at   time.Time
-	text string
+	at        time.Time
+	pod, text string
 }
 
 // fields are those of a JSON line.
@@ -161,12 +161,13 @@ func (l *logs) each(fn func(pod, container string, lines []line)) {
 		b := make([]byte, info.Size())
 		n, _ := f.ReadAt(b, 0)
 		parts := strings.Split(strings.TrimPrefix(path, l.root+"/"), "/")
-		fn(strings.Split(parts[0], "_")[1], parts[1], parseCRI(b[:n]))
+		pod := strings.Split(parts[0], "_")[1]
+		fn(pod, parts[1], parseCRI(pod, b[:n]))
 	}
 }
 
 // parseCRI reads lines of the container runtime's format: TIME STREAM TAG TEXT.
-func parseCRI(b []byte) []line {
+func parseCRI(pod string, b []byte) []line {
 	var out []line
 	for raw := range bytes.Lines(b) {
 		parts := strings.SplitN(strings.TrimSuffix(string(raw), "\n"), " ", 4)
@@ -175,7 +176,7 @@ func parseCRI(b []byte) []line {
 		}
 		at, err := time.Parse(time.RFC3339Nano, parts[0])
 		if err == nil {
-			out = append(out, line{at, parts[3]})
+			out = append(out, line{at, pod, parts[3]})
 		}
 	}
 	return out

@@ -133,6 +133,7 @@ func (sp *space) stoppedWell(pods int, longest time.Duration) {
 			sp.t.Errorf("an application got SIGTERM with requests in flight: %s", l.text)
 		}
 	}
+	sp.calm()
 }
 
 func (sp *space) lostNone(r load.Report, least int64) {
@@ -221,13 +222,8 @@ func TestRollingUpdateWithClassicSidecarLosesNoRequest(t *testing.T) {
 	sp.stoppedWell(3, r.Longest.Latency)
 	// Otherwise this was no other test than the one above.
 	for _, l := range sp.logs.find("", agentName, `"released"`) {
-		pod := l.at
-		found := false
-		for _, s := range sp.logs.find("", agentName, `"signal"`, "terminated") {
-			found = found || s.at.Before(pod)
-		}
-		if !found {
-			t.Error("no SIGTERM reached an agent before its release")
+		if term := sp.logs.find(l.pod, agentName, `"signal"`, "terminated"); len(term) != 1 || term[0].at.After(l.at) {
+			t.Errorf("agent of pod %s: want SIGTERM before the release, there is %v", l.pod, term)
 		}
 	}
 }
@@ -291,4 +287,3 @@ func TestAPIServerLost(t *testing.T) {
 	stays.waitRegistered()
 	ends.gone()
 }
-

@@ -533,3 +533,13 @@ func (p *pod) logged(container string, words ...string) line {
 	})
 	return found
 }
+
+// calm fails the test if an agent had anything to warn of: what is normal is told as information.
+func (sp *space) calm() {
+	sp.t.Helper()
+	for _, level := range []string{`"level":"warn"`, `"level":"error"`} {
+		for _, l := range sp.logs.find("", agentName, level) {
+			sp.t.Errorf("the agent of pod %s, in a life without trouble: %s", l.pod, l.text)
+		}
+	}
+}

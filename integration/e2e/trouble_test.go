@@ -11,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 )
 
 func TestStrangersHookCallIsRefused(t *testing.T) {
@@ -250,13 +249,13 @@ func TestRegistryRestartLeavesNoGap(t *testing.T) {
 	etcd := newEtcd(t)
 	etcd.start()
 	sp := newSpace(t, etcd)
-	p := sp.online("shop")
+	const ttl = 6 * time.Second
+	p := sp.online("shop", func(p parts) { p.agent.Args = append(p.agent.Args, "--lease-ttl="+ttl.String()) })
 	created := p.revisions()
 	etcd.kill()
 	p.alive()
 	etcd.start()
-	// A lease's whole life later, it is still the same one.
-	time.Sleep(16 * time.Second)
+	time.Sleep(ttl + time.Second) // in which a lease that nobody renews ends
 	p.stayedRegistered()
 	if now := p.revisions(); !slices.Equal(now, created) {
 		t.Errorf("the records were made at revisions %v, before the restart at %v: there was a gap", now, created)
@@ -281,4 +280,3 @@ func (p *pod) revisions() []int64 {
 	}
 	return out
 }
-
