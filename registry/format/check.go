@@ -108,7 +108,7 @@ func checkRecord(format, prefix string, r Record) error {
 		return &Error{Format: format, Field: "key", Value: r.Key, Rule: fmt.Sprintf("want at most %d bytes", maxKey)}
 	case !strings.HasPrefix(r.Key, prefix):
 		return &Error{Format: format, Field: "key", Value: r.Key, Rule: "want it under " + prefix}
-	case r.Value == "":
+	case strings.TrimSpace(r.Value) == "":
 		return &Error{Format: format, Field: "value", Value: r.Value, Rule: "want one that is not empty"}
 	case len(r.Value) > maxValue:
 		return &Error{Format: format, Field: "value", Value: r.Value, Rule: fmt.Sprintf("want at most %d bytes", maxValue)}

@@ -66,7 +66,8 @@ func TestGoldenRecords(t *testing.T) {
 	rich := instance()
 	rich.Weight, rich.Version, rich.Zone = 20, "v1.2.3", "eu-1a"
 	rich.Metadata = map[string]string{"group": "a&b=c", "team.example.com/owner": "Zoë <z>"}
-	six, dual, draining := instance(), instance(), rich
+	six, mapped, dual, draining := instance(), instance(), instance(), rich
+	mapped.Addresses = []netip.Addr{netip.MustParseAddr("::ffff:10.0.0.1")}
 	six.Addresses = []netip.Addr{v6}
 	dual.Addresses = []netip.Addr{v6, v4}
 	draining.Draining = true
@@ -79,6 +80,7 @@ func TestGoldenRecords(t *testing.T) {
 		{"plain", nil, instance()},
 		{"weight, version, zone and metadata", nil, rich},
 		{"IPv6", nil, six},
+		{"IPv4 mapped to IPv6", nil, mapped},
 		{"dual stack", nil, dual},
 		{"draining", nil, draining},
 		{"number that the Service doesn't list", func(s *Spec) {
@@ -89,8 +91,11 @@ func TestGoldenRecords(t *testing.T) {
 		}, instance()},
 	}
 	special := map[string][]golden{
-		"kratos": {{"schemes and prefix said", func(s *Spec) { s.Port, s.Prefix = "https:http+grpcs:7000", "/ns/microservices" }, instance()}},
-		"kitex":  {{"prefix", func(s *Spec) { s.Prefix = "shop/kitex" }, instance()}},
+		"kratos": {
+			{"schemes and prefix said", func(s *Spec) { s.Port, s.Prefix = "https:http+grpcs:7000", "/ns/microservices" }, instance()},
+			{"scheme by the name of the port that has the number", func(s *Spec) { s.Port = "9090" }, instance()},
+		},
+		"kitex": {{"prefix", func(s *Spec) { s.Prefix = "shop/kitex" }, instance()}},
 		"skydns": {
 			{"several ports answer SRV", func(s *Spec) { s.Port = "http+grpc" }, instance()},
 			{"one port with its SRV service, dual stack", func(s *Spec) { s.Port = "web:http" }, dual},
@@ -288,6 +293,7 @@ func TestBadSpecNamesFieldAndRule(t *testing.T) {
 			{func(s *Spec) { s.TTL = 3601 }, "ttl", "1 to 3600"},
 			{func(s *Spec) { s.Port = "Web:http" }, "port", "SRV service"},
 			{func(s *Spec) { s.Port = "_web:http" }, "port", "SRV service"},
+			{func(s *Spec) { s.Port = strings.Repeat("a", 63) + ":http" }, "port", "SRV service"},
 		}),
 		"traefik": slices.Concat(badNames, badPrefixes, badPorts, []bad{
 			onePort, {func(s *Spec) { s.Port = "ftp:http" }, "port", "h2c"},
@@ -433,9 +439,10 @@ func TestRulesThatHoldForSettingsAndInstanceTogether(t *testing.T) {
 		{"skydns", func(s *Spec) { s.Domain = strings.TrimSuffix(strings.Repeat("abcdefghi.", 25), ".") }, nil, "name"},
 		{"template", func(s *Spec) { s.Key = "/s/{{.ID}}/{{.Metadata.shard}}" }, nil, "key"},
 		{"template", func(s *Spec) { s.Value = "{{.Metadata.shard}}{{.Draining}}" }, nil, "value"},
-		{"template", func(s *Spec) { s.Value = "{{.Zone}}" }, nil, "value"},
+		{"template", func(s *Spec) { s.Value = "{{.Zone}}" }, func(i *Instance) { i.Zone = " " }, "value"},
 		{"template", func(s *Spec) { s.Key = "/s/{{.Zone}}/{{.ID}}" }, func(i *Instance) { i.Zone = "a b" }, "key"},
 		{"template", func(s *Spec) { s.Key = "/s/{{.Zone}}/{{.ID}}" }, func(i *Instance) { i.Zone = ".." }, "key"},
+		{"template", func(s *Spec) { s.Key = "/s{{if .Metadata}}2{{end}}/{{.ID}}" }, func(i *Instance) { i.Metadata = map[string]string{"a": "b"} }, "key"},
 	} {
 		in := instance()
 		if c.in != nil {

@@ -130,9 +130,6 @@ func newTemplate(s Spec) (codec, error) {
 			}
 			*to = text
 		}
-		if strings.TrimSpace(r.Value) == "" {
-			return nil, &Error{Format: s.Type, Field: "value", Value: s.Value, Rule: "want one that is not empty"}
-		}
 		return []Record{r}, nil
 	}}, nil
 }
