@@ -11,7 +11,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"usher.dev/usher/integration/cluster"
 	"usher.dev/usher/integration/load"
 	"usher.dev/usher/integration/stack"
 )
@@ -226,64 +225,4 @@ func TestRollingUpdateWithClassicSidecarLosesNoRequest(t *testing.T) {
 			t.Errorf("agent of pod %s: want SIGTERM before the release, there is %v", l.pod, term)
 		}
 	}
-}
-
-// Losing the API server changes nothing, and a drain that has begun ends by itself.
-func TestAPIServerLost(t *testing.T) {
-	sp := newSpace(t, nil)
-	ends, stays := sp.start("ends"), sp.start("stays")
-	ends.waitRegistered()
-	stays.waitRegistered()
-
-	slow := ends.request(6 * time.Second)
-	deleted := ends.delete(0)
-	ends.withdrawn(deleted)
-	if err := sp.s.Kill(sp.ctx, cluster.APIServer); err != nil {
-		t.Fatal(err)
-	}
-	back := false
-	t.Cleanup(func() {
-		if !back {
-			sp.s.Start(context.Background(), cluster.APIServer)
-		}
-	})
-	ends.answered(slow)
-	released := ends.logged(agentName, `"released"`)
-	died := ends.logged(appName, "dying at once")
-	t.Logf("%s", released.fields()["verdict"])
-	if released.fields()["outcome"] != "drained" || died.fields()["inFlight"] != 0.0 {
-		t.Errorf("a drain without the API server: %s; %s", released.text, died.text)
-	}
-	if total := released.duration("total"); total > 9*time.Second {
-		t.Errorf("released after %v, with a request of 6 s", total)
-	}
-	stays.eventually(soon, "the agent sees that the API server is gone", func() error {
-		if stays.metric("usher_kubernetes_problems") == 0 {
-			return fmt.Errorf("it sees no problem")
-		}
-		return nil
-	})
-	stays.alive()
-	if code, body, err := stays.do(once(), "GET", 7400, "/readyz", ""); err != nil || code != 200 {
-		t.Errorf("/readyz says %d %s (%v), want 200 as before", code, body, err)
-	}
-	stays.stayedRegistered()
-
-	if err := sp.s.Start(sp.ctx, cluster.APIServer); err != nil {
-		t.Fatal(err)
-	}
-	back = true
-	stays.eventually(soon, "the agent sees the API server again", func() error {
-		if n := stays.metric("usher_kubernetes_problems"); n != 0 {
-			return fmt.Errorf("it sees %v problems", n)
-		}
-		return nil
-	})
-	stays.stayedRegistered()
-	turned := time.Now()
-	stays.set("/readyz", false)
-	stays.withdrawn(turned)
-	stays.set("/readyz", true)
-	stays.waitRegistered()
-	ends.gone()
 }
