@@ -508,3 +508,42 @@ func TestSetAndDefaults(t *testing.T) {
 		}
 	}
 }
+
+// TestDocumentation: every format has its rows in docs/formats.md, with its lag, and the examples are valid.
+func TestDocumentation(t *testing.T) {
+	raw, err := os.ReadFile("../../docs/formats.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples := map[string]bool{"template": true} // not in the form that is read here
+	rows := map[string][]string{}
+	for line := range strings.Lines(string(raw)) {
+		line = strings.TrimSpace(line)
+		if l, ok := strings.CutPrefix(line, "- {"); ok {
+			var s Spec
+			for setting := range strings.SplitSeq(strings.TrimSuffix(l, "}"), ", ") {
+				k, v, _ := strings.Cut(setting, ": ")
+				if err := s.Set(k, strings.Trim(v, `"`)); err != nil {
+					t.Errorf("%s: %v", line, err)
+				}
+			}
+			if _, err := New(s); err != nil {
+				t.Errorf("%s: %v", line, err)
+			}
+			examples[s.Type] = true
+		}
+		if cells := strings.Split(strings.Trim(line, "|"), "|"); strings.HasPrefix(line, "| `") {
+			name := strings.Trim(cells[0], " `")
+			rows[name] = append(rows[name], cells...)
+		}
+	}
+	for _, name := range Types() {
+		lag := "0,"
+		if d := spec(t, name, nil).Lag(); d > 0 {
+			lag = strings.TrimSuffix(d.String(), "s") + " s,"
+		}
+		if len(rows[name]) != 4+6 || !strings.HasPrefix(strings.TrimSpace(rows[name][6]), lag) || !examples[name] {
+			t.Errorf("%s: rows %q, example %t; want two rows with the lag %s, and an example", name, rows[name], examples[name], lag)
+		}
+	}
+}
