@@ -116,31 +116,38 @@ func checkRecord(format, prefix string, r Record) error {
 	return nil
 }
 
-// labels are the instance's metadata together with extra, which is what the format itself says by the same means.
-// Values of extra that are empty are left out.
-func labels(format string, i Instance, extra map[string]string) (map[string]string, error) {
+// labels are the instance's metadata together with own, which the format's readers act upon, and about, which only
+// describes the instance. A key of own is refused in the metadata; one of about is if its value is another. Empty values
+// of both are left out.
+func labels(format string, i Instance, own, about map[string]string) (map[string]string, error) {
 	all := map[string]string{}
 	for _, k := range slices.Sorted(maps.Keys(i.Metadata)) {
+		v := i.Metadata[k]
 		fail := func(rule string) (map[string]string, error) {
-			return nil, &Error{Format: format, Field: "metadata " + k, Value: i.Metadata[k], Rule: rule}
-		}
-		if _, ok := extra[k]; ok {
-			return fail("the format itself has this key")
+			return nil, &Error{Format: format, Field: "metadata " + k, Value: v, Rule: rule}
 		}
 		if k == "" || len(k) > 317 || strings.ContainsFunc(k, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
 			return fail("want a key of 1 to 317 printable ASCII characters without space, as labels and annotations have")
 		}
-		if err := checkText(format, "metadata "+k, i.Metadata[k]); err != nil {
+		if _, ok := own[k]; ok {
+			return fail("the format itself has this key")
+		}
+		if a := about[k]; a != "" && a != v {
+			return fail(fmt.Sprintf("the instance's %s is %q", k, a))
+		}
+		if err := checkText(format, "metadata "+k, v); err != nil {
 			return nil, err
 		}
-		all[k] = i.Metadata[k]
+		all[k] = v
 	}
-	for k, v := range extra {
-		if err := checkText(format, k, v); err != nil {
-			return nil, err
-		}
-		if v != "" {
-			all[k] = v
+	for _, extra := range []map[string]string{own, about} {
+		for k, v := range extra {
+			if err := checkText(format, k, v); err != nil {
+				return nil, err
+			}
+			if v != "" {
+				all[k] = v
+			}
 		}
 	}
 	return all, nil

@@ -59,7 +59,7 @@ func newCloudWeGo(s Spec, root string) (codec, error) {
 		if err := checkWeight(s.Type, weight, maxWeight); err != nil {
 			return nil, err
 		}
-		tags, err := labels(s.Type, i, map[string]string{"version": i.Version, "zone": i.Zone})
+		tags, err := labels(s.Type, i, nil, map[string]string{"version": i.Version, "zone": i.Zone})
 		if err != nil {
 			return nil, err
 		}

@@ -373,7 +373,7 @@ func TestInstanceThatBreaksARuleIsRefused(t *testing.T) {
 		"metadata value with newline": meta("k", "a\nb"),
 		"zone not UTF-8":              {func(i *Instance) { i.Zone = "\xff" }, "zone"},
 		"version with newline":        {func(i *Instance) { i.Version = "1\n" }, "version"},
-		"metadata that has the zone":  meta("zone", "v"),
+		"metadata of another zone":    {func(i *Instance) { i.Zone, i.Metadata = "a", map[string]string{"zone": "b"} }, "metadata zone"},
 		"value too large":             {func(i *Instance) { i.Metadata = map[string]string{"k": strings.Repeat("a", maxValue)} }, "value"},
 	}
 	tooLong := bad{func(i *Instance) { i.ID = strings.Repeat("a", 2000) }, "key"}
@@ -388,7 +388,7 @@ func TestInstanceThatBreaksARuleIsRefused(t *testing.T) {
 			"weight below": weight(-1), "weight above": weight(65536), "metadata that has the weight": meta("weight", "3"),
 			"port that says no scheme": {func(i *Instance) { i.Ports[0].Number = 9091; i.Ports[0].Name = "web" }, "port"},
 		},
-		"kitex": {"weight below": weight(-1), "weight above": weight(65536), "metadata that has the version": meta("version", "3")},
+		"kitex": {"weight below": weight(-1), "weight above": weight(65536)},
 		"hertz": {"weight below": weight(-1), "weight above": weight(65536)},
 		"skydns": {
 			"weight below": weight(-1), "weight above": weight(65536),
@@ -421,6 +421,26 @@ func TestInstanceThatBreaksARuleIsRefused(t *testing.T) {
 					t.Errorf("%s, %s: got %v, %v; want an *Error about %s", name, what, got, err, b.field)
 				}
 			}
+		}
+	}
+}
+
+// TestMetadataMayRepeatTheInstance: pod labels often are called version or zone.
+func TestMetadataMayRepeatTheInstance(t *testing.T) {
+	for _, name := range []string{"kratos", "kitex", "hertz", "go-micro", "rpcx"} {
+		in := instance()
+		in.Version, in.Zone = "v1", "a"
+		want, err := spec(t, name, nil).Records(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.Metadata = map[string]string{"zone": "a"}
+		if got, err := spec(t, name, nil).Records(in); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, %v; want %v", name, got, err, want)
+		}
+		in.Zone, in.Metadata = "", map[string]string{"zone": "eu-2b", "version": "v1"}
+		if got, err := spec(t, name, nil).Records(in); err != nil || !strings.Contains(got[0].Value, "eu-2b") {
+			t.Errorf("%s: got %v, %v; want the zone of the metadata", name, got, err)
 		}
 	}
 }

@@ -41,7 +41,7 @@ func newGoMicro(s Spec) (codec, error) {
 		if err != nil {
 			return nil, err
 		}
-		md, err := labels(s.Type, i, map[string]string{"zone": i.Zone})
+		md, err := labels(s.Type, i, nil, map[string]string{"zone": i.Zone})
 		if err != nil {
 			return nil, err
 		}

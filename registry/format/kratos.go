@@ -75,7 +75,7 @@ func newKratos(s Spec) (codec, error) {
 			weight = "0"
 		}
 		var err error
-		if v.Metadata, err = labels(s.Type, i, map[string]string{"weight": weight, "zone": i.Zone}); err != nil {
+		if v.Metadata, err = labels(s.Type, i, map[string]string{"weight": weight}, map[string]string{"zone": i.Zone}); err != nil {
 			return nil, err
 		}
 		if err := checkText(s.Type, "version", i.Version); err != nil {

@@ -44,7 +44,7 @@ func newRPCX(s Spec) (codec, error) {
 		if i.Draining {
 			state = "inactive"
 		}
-		md, err := labels(s.Type, i, map[string]string{"weight": weight, "state": state, "version": i.Version, "zone": i.Zone})
+		md, err := labels(s.Type, i, map[string]string{"weight": weight, "state": state}, map[string]string{"version": i.Version, "zone": i.Zone})
 		if err != nil {
 			return nil, err
 		}
