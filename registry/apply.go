@@ -37,13 +37,14 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 		}
 		r.s.cli = cli
 	}
+	farewell := d.State == lifecycle.Draining
 	for range maxRounds {
 		if r.s.lease == 0 {
 			if err := r.grant(ctx); err != nil {
 				return nil, err
 			}
 		}
-		plans, err := r.plans(d)
+		plans, said, err := r.plans(d, farewell)
 		if err != nil {
 			return nil, err
 		}
@@ -61,7 +62,7 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 			continue
 		}
 		ifs, then := r.diff(want)
-		if len(then) == 0 {
+		if len(then) == 0 && !said {
 			r.rewatch(keys)
 			return problem, nil
 		}
@@ -88,6 +89,10 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 			if want[p.ledger] != nil {
 				r.s.held[p.ledger] = true
 			}
+		}
+		if said {
+			farewell = false // now the records go
+			continue
 		}
 		r.rewatch(keys)
 		return problem, nil
@@ -119,25 +124,30 @@ func (r *Registrar) unanswered(err error) error {
 		requestTimeout, strings.Join(r.s.cli.Endpoints(), ","), r.s.cli.ActiveConnection().GetState(), err)
 }
 
-// plans says what d wants, Service by Service.
-func (r *Registrar) plans(d lifecycle.Desired) ([]plan, error) {
-	var plans []plan
+// plans says what d wants, Service by Service. With farewell, records of a draining instance that can say so are wanted
+// once more, to say it; said tells whether there are any.
+func (r *Registrar) plans(d lifecycle.Desired, farewell bool) (plans []plan, said bool, err error) {
 	taken := map[string]string{}
+	about, refused := r.cfg.Attributes.of(d.Pod)
 	for _, in := range d.Instances {
 		p := plan{
-			ledger: InstanceKey(r.cfg.Cluster, r.cfg.Namespace, in.Service, r.cfg.Pod),
-			wanted: map[string]string{},
+			ledger:  InstanceKey(r.cfg.Cluster, r.cfg.Namespace, in.Service, r.cfg.Pod),
+			wanted:  map[string]string{},
+			refused: refused,
 			record: Record{
 				Owner:     Owner{Cluster: r.cfg.Cluster, PodUID: r.cfg.PodUID, PodCreated: d.Pod.Created, Lease: LeaseID(r.s.lease), Agent: r.agent},
 				Namespace: r.cfg.Namespace, Service: in.Service, Pod: r.cfg.Pod,
-				Node: d.Pod.Node, Zone: in.Zone,
+				Node: d.Pod.Node, Zone: in.Zone, Version: about.Version,
 				State: d.State.String(), Since: d.Since, Cause: d.Cause,
 			},
 		}
 		if d.Verdict != nil {
 			p.record.Verdict = d.Verdict.Message()
 		}
-		fi := format.Instance{ID: r.cfg.PodUID, Namespace: r.cfg.Namespace, Service: in.Service, Addresses: in.Addresses}
+		fi := format.Instance{
+			ID: r.cfg.PodUID, Namespace: r.cfg.Namespace, Service: in.Service, Addresses: in.Addresses,
+			Weight: about.Weight, Version: about.Version, Zone: in.Zone, Metadata: about.Metadata, Draining: !in.Advertise,
+		}
 		for _, a := range in.Addresses {
 			p.record.Addresses = append(p.record.Addresses, a.String())
 		}
@@ -147,7 +157,7 @@ func (r *Registrar) plans(d lifecycle.Desired) ([]plan, error) {
 		}
 		for _, f := range r.cfg.Formats[in.Service] {
 			p.record.Formats = append(p.record.Formats, f.Name)
-			if !in.Advertise {
+			if !in.Advertise && !(farewell && f.CanDrain()) {
 				continue
 			}
 			recs, err := f.Records(fi)
@@ -156,15 +166,21 @@ func (r *Registrar) plans(d lifecycle.Desired) ([]plan, error) {
 			}
 			for _, rec := range recs {
 				if by, ok := taken[rec.Key]; ok {
-					return nil, fmt.Errorf("formats %s and %s both write key %s", by, f.Name, rec.Key)
+					return nil, false, fmt.Errorf("formats %s and %s both write key %s", by, f.Name, rec.Key)
 				}
 				taken[rec.Key] = f.Name
+				if !in.Advertise {
+					if r.s.known[rec.Key].rev == 0 {
+						continue // nobody was told of it, so nobody has to be told of its end
+					}
+					said = true
+				}
 				p.wanted[rec.Key] = rec.Value
 			}
 		}
 		plans = append(plans, p)
 	}
-	return plans, nil
+	return plans, said, nil
 }
 
 // keys are all keys that matter: those wanted and those known.

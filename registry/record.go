@@ -21,6 +21,7 @@ type Record struct {
 	Pod       string    `json:"pod"`
 	Node      string    `json:"node,omitempty"`
 	Zone      string    `json:"zone,omitempty"`
+	Version   string    `json:"version,omitempty"` // of the application
 	Addresses []string  `json:"addresses,omitempty"`
 	Ports     []Port    `json:"ports,omitempty"`
 	State     string    `json:"state"`

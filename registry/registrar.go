@@ -44,6 +44,8 @@ type Config struct {
 	Dial func() (*clientv3.Client, error)
 	// Formats are the consumer records of each Service.
 	Formats map[string][]NamedFormat
+	// Attributes are what records say of the instance unless the Pod's annotations say otherwise.
+	Attributes Attributes
 	// TTL of the lease in whole seconds; 0 means DefaultTTL.
 	TTL time.Duration
 	// OnChange is called from the registrar's goroutine whenever the status changes; it must not block.

@@ -75,11 +75,12 @@ func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	}
 	a.registrar, err = registry.New(registry.Config{
 		Cluster: cfg.Cluster, Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID,
-		Dial:     func() (*clientv3.Client, error) { return cfg.Etcd.Dial(log.Named("etcd")) },
-		Formats:  formats,
-		TTL:      cfg.LeaseTTL,
-		OnChange: a.registryChanged,
-		Logger:   log.Named("registry"),
+		Dial:       func() (*clientv3.Client, error) { return cfg.Etcd.Dial(log.Named("etcd")) },
+		Formats:    formats,
+		Attributes: cfg.Attributes,
+		TTL:        cfg.LeaseTTL,
+		OnChange:   a.registryChanged,
+		Logger:     log.Named("registry"),
 	})
 	if err != nil {
 		return nil, err

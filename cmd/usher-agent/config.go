@@ -28,8 +28,9 @@ import (
 type config struct {
 	PrintVersion bool
 
-	Cluster  string
-	Services []serviceConfig
+	Cluster    string
+	Services   []serviceConfig
+	Attributes registry.Attributes
 
 	Namespace, Pod, PodUID, Node string
 	PodIPs                       []netip.Addr
@@ -41,7 +42,8 @@ type config struct {
 	HookAddress, ControlAddress, ControlSocket string
 	HookToken                                  string
 
-	Budget lifecycle.Budget
+	Budget    lifecycle.Budget
+	settleSet bool
 
 	Sources             []string
 	InFlightURL         string
@@ -134,8 +136,14 @@ func settings() []setting {
 	b := lifecycle.DefaultBudget()
 	return []setting{
 		{group: "Instance", flag: "cluster", arg: "NAME", def: "default", usage: "name of this Kubernetes cluster in the ledger", set: text(func(c *config) *string { return &c.Cluster })},
-		{flag: "service", arg: "NAME[,format=grpc][,target=T][,port=P]", list: true, separate: ";", set: setService,
-			usage: "a Service whose instance this pod is, and the record that its consumers read; repeat for several. Default format grpc, target NAMESPACE/NAME, the Service's only TCP port"},
+		{flag: "service", arg: "NAME[,format=F][,port=P][,target=T]...", list: true, separate: ";", set: setService,
+			usage: "a Service whose instance this pod is, and the record that its consumers read; repeat for several. F is one of " + strings.Join(format.Types(), ", ") + "; docs/formats.md has the settings of each. Default: format grpc, target NAMESPACE/NAME, the Service's only TCP port"},
+		{flag: "weight", arg: "NUMBER", usage: "share of the traffic, for formats that have it; without it, the default of each format's readers. Annotation " + registry.AnnotationWeight, set: func(c *config, v string) (err error) {
+			c.Attributes.Weight, err = registry.ParseWeight(v)
+			return err
+		}},
+		{flag: "app-version", arg: "TEXT", usage: "the application's version, for formats that have it; without it, the Pod's label " + registry.LabelVersion + ". Annotation " + registry.AnnotationVersion, set: text(func(c *config) *string { return &c.Attributes.Version })},
+		{flag: "metadata", arg: "KEY=VALUE,...", list: true, usage: "further words on the instance, for formats that have them. Annotation " + registry.AnnotationMetadata + ".KEY", set: setMetadata},
 
 		{group: "Kubernetes", flag: "pod-namespace", alias: "POD_NAMESPACE", arg: "NAME", usage: "own Pod, from metadata.namespace", set: text(func(c *config) *string { return &c.Namespace })},
 		{flag: "pod-name", alias: "POD_NAME", arg: "NAME", usage: "own Pod, from metadata.name", set: text(func(c *config) *string { return &c.Pod })},
@@ -167,7 +175,10 @@ func settings() []setting {
 		{flag: "control-socket", arg: "PATH", usage: "the same on a unix socket", set: text(func(c *config) *string { return &c.ControlSocket })},
 
 		{group: "Shutdown", flag: "withdraw-timeout", arg: "DURATION", def: b.Withdraw.String(), usage: "how long a shutdown waits for etcd before it goes on", set: duration(func(c *config) *time.Duration { return &c.Budget.Withdraw })},
-		{flag: "settle", arg: "DURATION", def: b.Settle.String(), usage: "how long consumers take to learn of a withdrawal", set: duration(func(c *config) *time.Duration { return &c.Budget.Settle })},
+		{flag: "settle", arg: "DURATION", usage: "how long consumers take to learn of a withdrawal; without it, " + b.Settle.String() + " and what the readers of the formats lag (kitex, hertz and skydns: 5s)", set: func(c *config, v string) error {
+			c.settleSet = true
+			return duration(func(c *config) *time.Duration { return &c.Budget.Settle })(c, v)
+		}},
 		{flag: "reserve", arg: "DURATION", def: b.Reserve.String(), usage: "what the application keeps of the grace period, at most a third of it", set: duration(func(c *config) *time.Duration { return &c.Budget.Reserve })},
 		{flag: "in-flight-source", arg: "SOURCE,...", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + sourceSockdiag + ", " + sourceHTTP + " or " + sourceNone + "; all must agree", set: setSources},
 		{flag: "in-flight-url", arg: "URL", usage: "source http: where the application answers the count", set: text(func(c *config) *string { return &c.InFlightURL })},
@@ -189,16 +200,17 @@ func setService(c *config, v string) error {
 	parts := strings.Split(v, ",")
 	name := strings.TrimSpace(parts[0])
 	if name == "" || strings.Contains(name, "=") {
-		return errors.New("want NAME[,format=grpc][,target=T][,port=P], the Service's name first")
+		return errors.New("want NAME[,format=F][,port=P][,target=T]..., the Service's name first")
 	}
 	spec := format.Spec{}
 	for _, p := range parts[1:] {
 		k, val, ok := strings.Cut(strings.TrimSpace(p), "=")
-		field := map[string]*string{"format": &spec.Type, "target": &spec.Target, "port": &spec.Port}[k]
-		if !ok || field == nil || val == "" {
-			return fmt.Errorf("%q: want format=, target= or port= with a value", p)
+		if !ok || val == "" {
+			return fmt.Errorf("%q: want SETTING=VALUE, such as port=http", p)
 		}
-		*field = val
+		if err := spec.Set(k, val); err != nil {
+			return err
+		}
 	}
 	for i := range c.Services {
 		if c.Services[i].Name == name {
@@ -207,6 +219,18 @@ func setService(c *config, v string) error {
 		}
 	}
 	c.Services = append(c.Services, serviceConfig{Name: name, Formats: []format.Spec{spec}})
+	return nil
+}
+
+func setMetadata(c *config, v string) error {
+	c.Attributes.Metadata = map[string]string{}
+	for _, w := range words(v) {
+		key, value, ok := strings.Cut(w, "=")
+		if !ok || key == "" {
+			return fmt.Errorf("%q: want KEY=VALUE", w)
+		}
+		c.Attributes.Metadata[key] = value
+	}
 	return nil
 }
 
@@ -411,7 +435,7 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 			dec := json.NewDecoder(bytes.NewReader(doc[key]))
 			dec.DisallowUnknownFields()
 			if err := dec.Decode(&c.Services); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w; want a list of {name, formats: [{type, target, port}]}", where, err))
+				errs = append(errs, fmt.Errorf("%s: %w; want a list of {name, formats: [{type, port, target, ...}]}", where, err))
 			}
 			continue
 		}
@@ -467,6 +491,7 @@ func scalars(raw json.RawMessage) ([]string, error) {
 // validate fills in what depends on other settings, and holds them against each other.
 func (c *config) validate() error {
 	var errs []error
+	var lag time.Duration
 	if len(c.Services) == 0 {
 		errs = append(errs, errors.New("--service: none is given; name the Service whose instance this pod is"))
 	}
@@ -483,14 +508,17 @@ func (c *config) validate() error {
 			s.Formats = []format.Spec{{}}
 		}
 		for j := range s.Formats {
-			f := &s.Formats[j]
-			if f.Type == "" {
-				f.Type = "grpc"
+			s.Formats[j] = s.Formats[j].WithDefaults(c.Namespace, s.Name)
+			f, err := format.New(s.Formats[j])
+			if err != nil {
+				errs = append(errs, fmt.Errorf("service %s: %w", s.Name, err))
+				continue
 			}
-			if f.Type == "grpc" && f.Target == "" {
-				f.Target = c.Namespace + "/" + s.Name
-			}
+			lag = max(lag, f.Lag())
 		}
+	}
+	if !c.settleSet {
+		c.Budget.Settle = lifecycle.DefaultBudget().Settle + lag
 	}
 	if err := c.Etcd.Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("etcd: %w", err))

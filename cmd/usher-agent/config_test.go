@@ -75,6 +75,23 @@ func TestFlagWinsOverEnvironmentOverEtcdctlOverFile(t *testing.T) {
 	}
 }
 
+func TestSettleCoversTheSlowestReaderUnlessItIsSet(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want time.Duration
+	}{
+		{[]string{"--service=a"}, time.Second},
+		{[]string{"--service=a", "--service=a,format=kitex"}, 6 * time.Second},
+		{[]string{"--service=a,format=kitex", "--settle=2s"}, 2 * time.Second},
+		{[]string{"--service=a,format=kitex", "--settle=0s"}, 0},
+	} {
+		got, err := parse(c.args, lookup(identity()))
+		if err != nil || got.Budget.Settle != c.want {
+			t.Errorf("%v: settle %s, %v; want %s", c.args, got.Budget.Settle, err, c.want)
+		}
+	}
+}
+
 func TestServicesOfFlagReplaceThoseOfFile(t *testing.T) {
 	path := file(t, "services: [{name: old}]\n")
 	c, err := parse([]string{"--config", path, "--service=a,target=x,port=http", "--service=a,target=y,port=grpc", "--service=b"}, lookup(identity()))
@@ -105,7 +122,10 @@ func TestBadInputIsNamed(t *testing.T) {
 		{"negative duration", []string{"--service=a", "--quiet-period=-1s"}, identity(), "", []string{"--quiet-period", "-1s"}},
 		{"environment", []string{"--service=a"}, identity("USHER_LOG_LEVEL", "loud"), "", []string{"USHER_LOG_LEVEL", "loud", "debug, info"}},
 		{"service without name", []string{"--service=port=http"}, identity(), "", []string{"--service", "NAME"}},
-		{"service field", []string{"--service=a,prot=http"}, identity(), "", []string{"prot=http", "port="}},
+		{"service field", []string{"--service=a,prot=http"}, identity(), "", []string{"prot", "want one of", "port"}},
+		{"service field without value", []string{"--service=a,port="}, identity(), "", []string{`"port="`, "SETTING=VALUE"}},
+		{"weight", []string{"--service=a", "--weight=heavy"}, identity(), "", []string{"--weight", "heavy", "0 to 65535"}},
+		{"metadata", []string{"--service=a", "--metadata=team"}, identity(), "", []string{"--metadata", "team", "KEY=VALUE"}},
 		{"pod IPs", []string{"--service=a", "--pod-ips=10.0.0.1,x"}, identity(), "", []string{"--pod-ips", `"x"`}},
 		{"source", []string{"--service=a", "--in-flight-source=envoy"}, identity(), "", []string{"envoy", "sockdiag, http or none"}},
 		{"none with others", []string{"--service=a", "--in-flight-source=none,sockdiag"}, identity(), "", []string{"none alone"}},
@@ -174,7 +194,7 @@ func TestReadmeTableIsTheSettings(t *testing.T) {
 	var b strings.Builder
 	b.WriteString(begin + "| flag | default | meaning |\n| --- | --- | --- |\n")
 	for _, s := range settings() {
-		name, def := "`--"+s.flag+"`", ""
+		name, def := "`--"+s.flag+" "+s.arg+"`", ""
 		if s.envOnly {
 			name = "`" + s.env() + "`"
 		}

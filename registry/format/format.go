@@ -86,7 +86,11 @@ func (e *Error) Error() string {
 	if len(v) > 200 {
 		v = v[:200] + "..."
 	}
-	return fmt.Sprintf("format %s: %s %q: %s", e.Format, e.Field, v, e.Rule)
+	where := ""
+	if e.Format != "" {
+		where = "format " + e.Format + ": "
+	}
+	return fmt.Sprintf("%s%s %q: %s", where, e.Field, v, e.Rule)
 }
 
 // kind is a type of format: how it is built, and of which fields of Spec.
