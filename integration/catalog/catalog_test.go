@@ -12,9 +12,20 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"usher.dev/usher/integration/catalog/etcdtest"
+	"usher.dev/usher/integration/internal/etcdtest"
 	"usher.dev/usher/registry"
 )
+
+// dial is the connection that operators' programs have: what it makes of a cut link is part of what is tested.
+func dial(t *testing.T, endpoint string) *clientv3.Client {
+	t.Helper()
+	cli, err := registry.Connection{Endpoints: []string{endpoint}}.Dial(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cli.Close() })
+	return cli
+}
 
 func put(t *testing.T, cli *clientv3.Client, cluster, namespace, service, pod, state string, opts ...clientv3.OpOption) {
 	t.Helper()
@@ -47,7 +58,7 @@ func names(entries []registry.Entry) []string {
 func TestListSelectsByClusterNamespaceAndService(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	for _, k := range []string{"c1/ns1/a/p", "c1/ns1/ab/p", "c1/ns2/a/p", "c2/ns1/a/p"} {
 		f := strings.Split(k, "/")
 		put(t, cli, f[0], f[1], f[2], f[3], "Online")
@@ -75,7 +86,7 @@ func TestListSelectsByClusterNamespaceAndService(t *testing.T) {
 func TestValueThatIsNoRecordHidesNoOther(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	put(t, cli, "c", "ns", "svc", "a", "Online")
 	if _, err := cli.Put(t.Context(), registry.InstanceKey("c", "ns", "svc", "b"), "by hand"); err != nil {
 		t.Fatal(err)
@@ -96,7 +107,7 @@ func TestValueThatIsNoRecordHidesNoOther(t *testing.T) {
 func TestListOfAnEtcdThatIsDownFailsInTime(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	s.Stop()
 	if _, err := registry.NewCatalog(cli, "c").List(t.Context(), "ns", ""); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("error %v", err)
@@ -106,7 +117,7 @@ func TestListOfAnEtcdThatIsDownFailsInTime(t *testing.T) {
 func TestListReadsEveryPageAndKeepsOrder(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	var ops []clientv3.Op
 	const n = 1203 // three pages
 	for i := range n {
@@ -193,7 +204,7 @@ func (f *follower) want(events ...string) {
 func TestWatchYieldsInitialStateThenEachChange(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	put(t, cli, "c", "ns", "svc", "a", "Online")
 	put(t, cli, "c", "ns", "other", "x", "Online")
 	f := follow(t, cli, "ns", "svc")
@@ -213,7 +224,7 @@ func TestWatchYieldsInitialStateThenEachChange(t *testing.T) {
 func TestWatchSeesALeaseEnd(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	lease, err := cli.Grant(t.Context(), 600)
 	if err != nil {
 		t.Fatal(err)
@@ -230,15 +241,15 @@ func TestWatchSeesALeaseEnd(t *testing.T) {
 func TestWatchResumesAfterTheLinkWasCut(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	link := etcdtest.NewLink(t, s.Endpoint)
-	direct := etcdtest.Client(t, s.Endpoint)
+	link := s.Link()
+	direct := dial(t, s.Endpoint())
 	put(t, direct, "c", "ns", "svc", "a", "Online")
-	f := follow(t, etcdtest.Client(t, link.Address), "ns", "svc")
+	f := follow(t, dial(t, link.Endpoint()), "ns", "svc")
 	f.want("put a -->Online", "synced")
-	link.Cut()
+	link.Set(etcdtest.Refuse)
 	put(t, direct, "c", "ns", "svc", "a", "Draining")
 	put(t, direct, "c", "ns", "svc", "b", "Online")
-	link.Join()
+	link.Set(etcdtest.Pass)
 	f.want("put a Online->Draining", "put b -->Online")
 	put(t, direct, "c", "ns", "svc", "b", "Draining")
 	f.want("put b Online->Draining")
@@ -247,14 +258,14 @@ func TestWatchResumesAfterTheLinkWasCut(t *testing.T) {
 func TestWatchResumesAfterCompaction(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	link := etcdtest.NewLink(t, s.Endpoint)
-	direct := etcdtest.Client(t, s.Endpoint)
+	link := s.Link()
+	direct := dial(t, s.Endpoint())
 	for _, pod := range []string{"a", "b", "c"} {
 		put(t, direct, "c", "ns", "svc", pod, "Online")
 	}
-	f := follow(t, etcdtest.Client(t, link.Address), "ns", "svc")
+	f := follow(t, dial(t, link.Endpoint()), "ns", "svc")
 	f.want("put a -->Online", "put b -->Online", "put c -->Online", "synced")
-	link.Cut()
+	link.Set(etcdtest.Refuse)
 	put(t, direct, "c", "ns", "svc", "a", "Draining")
 	put(t, direct, "c", "ns", "svc", "a", "Released")
 	del(t, direct, registry.InstanceKey("c", "ns", "svc", "b"))
@@ -266,7 +277,7 @@ func TestWatchResumesAfterCompaction(t *testing.T) {
 	if _, err := direct.Compact(t.Context(), resp.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
 		t.Fatal(err)
 	}
-	link.Join()
+	link.Set(etcdtest.Pass)
 	f.want("put a Online->Released", "put d -->Online", "delete b Online")
 	put(t, direct, "c", "ns", "svc", "c", "Draining")
 	f.want("put c Online->Draining")
@@ -275,14 +286,11 @@ func TestWatchResumesAfterCompaction(t *testing.T) {
 func TestWatchResumesAfterEtcdRestarted(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	put(t, cli, "c", "ns", "svc", "a", "Online")
 	f := follow(t, cli, "ns", "svc")
 	f.want("put a -->Online", "synced")
-	s.Stop()
-	if err := s.Restart(); err != nil {
-		t.Fatal(err)
-	}
+	s.Restart()
 	put(t, cli, "c", "ns", "svc", "a", "Draining")
 	f.want("put a Online->Draining")
 }
@@ -291,16 +299,13 @@ func TestWatchResumesAfterEtcdRestarted(t *testing.T) {
 func TestWatchFindsAnEtcdThatLostItsData(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	for i := range 50 {
 		put(t, cli, "c", "ns", "svc", "a", fmt.Sprint("Online", i))
 	}
 	f := follow(t, cli, "ns", "svc")
 	f.want("put a -->Online49", "synced")
-	s.Stop()
-	if err := errors.Join(s.Wipe(), s.Restart()); err != nil {
-		t.Fatal(err)
-	}
+	s.RestartEmpty()
 	put(t, cli, "c", "ns", "svc", "b", "Online")
 	f.want("put b -->Online", "delete a Online49")
 }
@@ -308,21 +313,19 @@ func TestWatchFindsAnEtcdThatLostItsData(t *testing.T) {
 func TestWatchTellsThatEtcdIsGone(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	f := follow(t, etcdtest.Client(t, s.Endpoint), "ns", "svc")
+	f := follow(t, dial(t, s.Endpoint()), "ns", "svc")
 	f.want("synced")
 	s.Stop()
 	f.want("error")
-	if err := s.Restart(); err != nil {
-		t.Fatal(err)
-	}
-	put(t, etcdtest.Client(t, s.Endpoint), "c", "ns", "svc", "a", "Online")
+	s.Restart()
+	put(t, dial(t, s.Endpoint()), "c", "ns", "svc", "a", "Online")
 	f.want("put a -->Online")
 }
 
 func TestStandingTellsWhatIsReallyThere(t *testing.T) {
 	t.Parallel()
 	s := etcdtest.Start(t)
-	cli := etcdtest.Client(t, s.Endpoint)
+	cli := dial(t, s.Endpoint())
 	ctx := t.Context()
 	mine, err := cli.Grant(ctx, 600)
 	if err != nil {

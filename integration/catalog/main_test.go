@@ -8,7 +8,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"usher.dev/usher/integration/catalog/etcdtest"
+	"usher.dev/usher/integration/internal/etcdtest"
 	"usher.dev/usher/registry"
 )
 
@@ -21,13 +21,13 @@ func run(m *testing.M) int {
 	for _, name := range []string{"ETCDCTL_ENDPOINTS", "ETCDCTL_CACERT", "ETCDCTL_USER"} {
 		os.Unsetenv(name)
 	}
-	s, err := etcdtest.New()
+	address, stop, err := etcdtest.Serve()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer s.Close()
-	endpoint = s.Endpoint
+	defer stop()
+	endpoint = address
 	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -198,14 +198,14 @@ func TestRunWaitsForTheFirstInstance(t *testing.T) {
 
 func TestRunSaysWhyItNeverBegan(t *testing.T) {
 	for name, c := range map[string]struct {
-		endpoint func() string
+		endpoint string
 		want     string
 	}{
-		"no instance": {func() string { return etcdURL }, "no instance under nowhere/ within 300ms"},
-		"no etcd":     {func() string { u := freeURL(); return u.String() }, "read nowhere/ from etcd at"},
+		"no instance": {etcdURL, "no instance under nowhere/ within 300ms"},
+		"no etcd":     {"http://" + nobody, "read nowhere/ from etcd at"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			g, err := New(Config{Endpoints: []string{c.endpoint()}, HTTPTarget: "nowhere", Rate: 1, FirstInstance: 300 * time.Millisecond})
+			g, err := New(Config{Endpoints: []string{c.endpoint}, HTTPTarget: "nowhere", Rate: 1, FirstInstance: 300 * time.Millisecond})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -6,9 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,9 +18,9 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/naming/endpoints"
-	"go.etcd.io/etcd/server/v3/embed"
 
 	"usher.dev/usher/integration/app/wire"
+	"usher.dev/usher/integration/internal/etcdtest"
 )
 
 // One etcd and one build of the sample application serve all tests; each test has targets of its own.
@@ -30,6 +28,9 @@ var (
 	etcdURL string
 	appPath string
 )
+
+// nobody is an address that nothing listens on, and that no listener is given by chance.
+const nobody = "127.0.0.1:1"
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -46,54 +47,15 @@ func TestMain(m *testing.M) {
 			fmt.Fprintf(os.Stderr, "build the sample application: %v\n%s", err, out)
 			return 1
 		}
-		etcd, err := startEtcd(filepath.Join(dir, "etcd"))
+		address, stop, err := etcdtest.Serve()
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		defer etcd.Close()
+		defer stop()
+		etcdURL = "http://" + address
 		return m.Run()
 	}())
-}
-
-func startEtcd(dir string) (*embed.Etcd, error) {
-	var last error
-	// Between finding a free port and listening on it somebody else may take it.
-	for range 5 {
-		cfg := embed.NewConfig()
-		cfg.Dir = dir
-		cfg.LogLevel = "fatal"
-		cfg.UnsafeNoFsync = true
-		client, peer := freeURL(), freeURL()
-		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
-		cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
-		cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-		e, err := embed.StartEtcd(cfg)
-		if err != nil {
-			last = err
-			continue
-		}
-		select {
-		case <-e.Server.ReadyNotify():
-			etcdURL = client.String()
-			return e, nil
-		case err := <-e.Err():
-			last = err
-		case <-time.After(20 * time.Second):
-			last = fmt.Errorf("etcd is not ready after 20 s")
-		}
-		e.Close()
-	}
-	return nil, fmt.Errorf("start etcd: %w", last)
-}
-
-func freeURL() url.URL {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
-	}
-	defer l.Close()
-	return url.URL{Scheme: "http", Host: l.Addr().String()}
 }
 
 // registry writes records the way etcd's naming package does.

@@ -19,7 +19,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"usher.dev/usher/integration/catalog/etcdtest"
+	"usher.dev/usher/integration/internal/etcdtest"
 	"usher.dev/usher/registry"
 )
 
@@ -74,7 +74,7 @@ const leaseA, leaseB = 0x1a2b, 0x1a2c
 func newLedger(t *testing.T) ledger {
 	t.Helper()
 	s := etcdtest.Start(t)
-	l := ledger{t, s.Endpoint, etcdtest.Client(t, s.Endpoint)}
+	l := ledger{t, s.Endpoint(), s.Client()}
 	for _, id := range []int64{leaseA, leaseB} {
 		if _, err := pb.NewLeaseClient(l.cli.ActiveConnection()).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: id, TTL: 3600}); err != nil {
 			t.Fatal(err)

@@ -27,82 +27,48 @@ import (
 // startTimeout is generous: a busy machine shares its cores among many of these.
 const startTimeout = 30 * time.Second
 
-// Server is one etcd member. Its methods fail the test when they can't do their work.
+// Server is one etcd member of a test. Its methods fail the test when they can't do their work.
 type Server struct {
-	t   testing.TB
-	dir string
-
-	mu     sync.Mutex
-	etcd   *embed.Etcd // nil when stopped
-	target string      // host:port of the member; empty when stopped
-	links  []*Link
-	own    *Link
+	*member
+	t testing.TB
 }
 
 // Start starts a member with an empty data directory. It ends with the test.
 func Start(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{t: t, dir: filepath.Join(t.TempDir(), "etcd")}
-	s.own = s.Link()
-	t.Cleanup(func() {
-		s.Stop()
-		for _, l := range s.links {
-			l.close()
-		}
-	})
-	s.run()
-	return s
-}
-
-func (s *Server) run() {
-	s.t.Helper()
-	loopback := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
-	cfg := embed.NewConfig()
-	cfg.Dir = s.dir
-	cfg.UnsafeNoFsync = true
-	cfg.TickMs, cfg.ElectionMs = 20, 200 // the only member has nobody to lose an election to
-	cfg.BcryptCost = 4                   // bcrypt's least: the figure is paid at every login
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = loopback, loopback
-	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = loopback, loopback
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	e, err := embed.StartEtcd(cfg)
+	m, err := start(filepath.Join(t.TempDir(), "etcd"))
 	if err != nil {
-		s.t.Fatalf("start etcd: %v", err)
+		t.Fatal(err)
 	}
-	select {
-	case <-e.Server.ReadyNotify():
-	case err := <-e.Err():
-		s.t.Fatalf("start etcd: %v", err)
-	case <-time.After(startTimeout):
-		e.Close()
-		s.t.Fatalf("etcd is not ready after %s", startTimeout)
-	}
-	s.mu.Lock()
-	s.etcd, s.target = e, e.Clients[0].Addr().String()
-	s.mu.Unlock()
+	t.Cleanup(m.close)
+	return &Server{m, t}
 }
 
-// Stop stops the member and ends all connections to it. The data stays.
-func (s *Server) Stop() {
-	s.mu.Lock()
-	e, links := s.etcd, s.links
-	s.etcd, s.target = nil, ""
-	s.mu.Unlock()
-	if e == nil {
-		return
+// Serve starts an empty member for what has no test of its own: TestMain, and the examples it makes ready. The endpoint is
+// host:port; stop ends the member and removes its data.
+func Serve() (endpoint string, stop func(), err error) {
+	dir, err := os.MkdirTemp("", "etcdtest")
+	if err != nil {
+		return "", nil, fmt.Errorf("start etcd: %w", err)
 	}
-	for _, l := range links {
-		l.cut()
+	m, err := start(dir)
+	if err != nil {
+		os.RemoveAll(dir)
+		return "", nil, err
 	}
-	e.Close()
+	return m.Endpoint(), func() {
+		m.close()
+		os.RemoveAll(dir)
+	}, nil
 }
 
 // Restart starts the member on the data it had, stopping it first if it runs.
 func (s *Server) Restart() {
 	s.t.Helper()
 	s.Stop()
-	s.run()
+	if err := s.run(); err != nil {
+		s.t.Fatal(err)
+	}
 }
 
 // RestartEmpty starts a member that has lost all data: revisions begin anew.
@@ -112,29 +78,17 @@ func (s *Server) RestartEmpty() {
 	if err := os.RemoveAll(s.dir); err != nil {
 		s.t.Fatal(err)
 	}
-	s.run()
+	s.Restart()
 }
-
-// Endpoint is the address, host:port, of a link that passes everything. It outlives restarts.
-func (s *Server) Endpoint() string { return s.own.Endpoint() }
 
 // Link makes another way to the member.
 func (s *Server) Link() *Link {
 	s.t.Helper()
-	l, err := newLink(s.member)
+	l, err := s.link()
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.mu.Lock()
-	s.links = append(s.links, l)
-	s.mu.Unlock()
 	return l
-}
-
-func (s *Server) member() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.target
 }
 
 // Client is a client of Endpoint. It ends with the test, before the member does.
@@ -150,7 +104,8 @@ func (s *Server) ClientAs(user, password string) *clientv3.Client {
 		Endpoints: []string{s.Endpoint()}, DialTimeout: 5 * time.Second,
 		Username: user, Password: password, Logger: zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1, MaxDelay: 50 * time.Millisecond},
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1, MaxDelay: 50 * time.Millisecond},
+			MinConnectTimeout: 5 * time.Second, // without it a connection has the 50 ms to come about
 		})},
 	})
 	if err != nil {
@@ -158,6 +113,102 @@ func (s *Server) ClientAs(user, password string) *clientv3.Client {
 	}
 	s.t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// member is what a Server is without its test.
+type member struct {
+	dir string
+	own *Link
+
+	mu     sync.Mutex
+	etcd   *embed.Etcd // nil when stopped
+	target string      // host:port of the member; empty when stopped
+	links  []*Link
+}
+
+func start(dir string) (*member, error) {
+	m := &member{dir: dir}
+	var err error
+	if m.own, err = m.link(); err != nil {
+		return nil, err
+	}
+	if err := m.run(); err != nil {
+		m.close()
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *member) run() error {
+	loopback := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
+	cfg := embed.NewConfig()
+	cfg.Dir = m.dir
+	cfg.UnsafeNoFsync = true
+	cfg.TickMs, cfg.ElectionMs = 20, 200 // the only member has nobody to lose an election to
+	cfg.BcryptCost = 4                   // bcrypt's least: the figure is paid at every login
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = loopback, loopback
+	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = loopback, loopback
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	e, err := embed.StartEtcd(cfg)
+	if err != nil {
+		return fmt.Errorf("start etcd: %w", err)
+	}
+	select {
+	case <-e.Server.ReadyNotify():
+	case err := <-e.Err():
+		e.Close()
+		return fmt.Errorf("start etcd: %w", err)
+	case <-time.After(startTimeout):
+		e.Close()
+		return fmt.Errorf("etcd is not ready after %s", startTimeout)
+	}
+	m.mu.Lock()
+	m.etcd, m.target = e, e.Clients[0].Addr().String()
+	m.mu.Unlock()
+	return nil
+}
+
+// Stop stops the member and ends all connections to it. The data stays.
+func (m *member) Stop() {
+	m.mu.Lock()
+	e, links := m.etcd, m.links
+	m.etcd, m.target = nil, ""
+	m.mu.Unlock()
+	if e == nil {
+		return
+	}
+	for _, l := range links {
+		l.cut()
+	}
+	e.Close()
+}
+
+func (m *member) close() {
+	m.Stop()
+	for _, l := range m.links {
+		l.close()
+	}
+}
+
+// Endpoint is the address, host:port, of a link that passes everything. It outlives restarts.
+func (m *member) Endpoint() string { return m.own.Endpoint() }
+
+func (m *member) link() (*Link, error) {
+	l, err := newLink(m.address)
+	if err != nil {
+		return nil, fmt.Errorf("make a link to etcd: %w", err)
+	}
+	m.mu.Lock()
+	m.links = append(m.links, l)
+	m.mu.Unlock()
+	return l, nil
+}
+
+func (m *member) address() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.target
 }
 
 // History is every change there ever was, oldest first. It needs a client that may read everything, and no compaction.

@@ -2,6 +2,8 @@ package etcdtest
 
 import (
 	"context"
+	"net"
+	"os"
 	"testing"
 	"time"
 
@@ -82,5 +84,29 @@ func TestLinkFailsAsAsked(t *testing.T) {
 	}
 	if got := stored(); got != "4" {
 		t.Errorf("held: stored %q, want 4", got)
+	}
+}
+
+func TestServedMemberIsGoneAfterStop(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	endpoint, stop, err := Serve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Put(t.Context(), "a", "1"); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if conn, err := net.Dial("tcp", endpoint); err == nil {
+		conn.Close()
+		t.Error("somebody listens after stop")
+	}
+	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) != 0 {
+		t.Errorf("left after stop: %v, %v", left, err)
 	}
 }
