@@ -163,6 +163,12 @@ func (r *Registrar) plans(d lifecycle.Desired, farewell bool) (plans []plan, sai
 			recs, err := f.Records(fi)
 			if err != nil {
 				p.refused = errors.Join(p.refused, fmt.Errorf("service %s: %w", in.Service, err))
+				// What consumers have stands: a slip in an annotation is no reason to take a ready instance from them.
+				for key, kn := range r.s.known {
+					if kn.rev != 0 && in.Advertise && strings.HasPrefix(key, f.Prefix()) {
+						p.wanted[key] = kn.value
+					}
+				}
 			}
 			for _, rec := range recs {
 				if by, ok := taken[rec.Key]; ok {

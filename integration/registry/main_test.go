@@ -185,6 +185,7 @@ type spec struct {
 	link     *etcdtest.Link // another way to etcd
 	port     string
 	services []string
+	formats  []format.Spec // of each Service, beside grpc
 	conn     registry.Connection
 	wrap     func(*clientv3.Client) // last changes to the client
 }
@@ -231,6 +232,13 @@ func (w *world) start(s spec) *agent {
 			w.t.Fatal(err)
 		}
 		formats[svc] = []registry.NamedFormat{{Name: "grpc", Format: f}}
+		for _, fs := range s.formats {
+			f, err := format.New(fs.WithDefaults(namespace, svc))
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			formats[svc] = append(formats[svc], registry.NamedFormat{Name: fs.Type, Format: f})
+		}
 	}
 	r, err := registry.New(registry.Config{
 		Cluster: cluster, Namespace: namespace, Pod: pod, PodUID: s.uid, TTL: s.ttl, Formats: formats,
