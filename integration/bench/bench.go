@@ -116,11 +116,12 @@ func Run(ctx context.Context, cfg Config) (_ Report, err error) {
 	r.Notes = []string{
 		fmt.Sprintf("Latencies: %d transitions each, raw and ours in turns. Raw, ready: an EndpointSlice update until a client-go watch (protobuf) has it, plus a bare etcd put "+
 			"until an etcd watch has it; ours: the same update until an etcd watch has the record that the agent wrote. Raw, hook: a bare etcd delete until the watch has it; "+
-			"ours: from before the HTTP call, on a new connection, until the watch has the deletion.", cfg.Rounds),
+			"ours: from before the HTTP call, on a new connection, until the watch has the deletion. Rounds are quick because that agent's settle time, quiet period and "+
+			"sample interval are 10, 20 and 10 ms; all of these come after the deletion.", cfg.Rounds),
 		"The put and the delete of the targets are the simplest that etcd has. Usher's write is a transaction: it compares two revisions (the fence), puts or deletes the record and " +
 			"puts the ledger record, under a lease. The rows \"beside Usher's own transaction as raw\" have that one, sent by the bench, in the place of the put or delete.",
 		fmt.Sprintf("Sidecars: %d pods of the example manifest, probed by the kubelet, without traffic, %s after their start; CPU over the last %s, all threads. "+
-			"Only anonymous memory is each pod's own: the rest of the RSS is the binary in the page cache, shared by all pods of a node.",
+			"Only anonymous memory is each pod's own: the rest of the RSS is the binary in the page cache, shared by all pods of a node. MB are 10^6 bytes.",
 			cfg.Agents, age.Round(time.Second), cfg.Idle),
 		machine(),
 	}
