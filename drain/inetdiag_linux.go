@@ -12,10 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Offsets and sizes of the kernel's uapi: linux/inet_diag.h (struct inet_diag_req_v2, inet_diag_msg, inet_diag_bc_op) and
+// Offsets and sizes of the kernel's uapi: linux/inet_diag.h (TCPDIAG_GETSOCK, struct inet_diag_req, inet_diag_msg, inet_diag_bc_op) and
 // linux/tcp.h (struct tcp_info).
 const (
-	diagRequestSize = 56
+	// The kernel walks its whole table of connections for each request, which is nearly all that a sample costs. Requests
+	// of this older type get the sockets of both families in one walk; SOCK_DIAG_BY_FAMILY needs two.
+	diagGetTCP = 18
+
+	diagRequestSize = 60
 	diagMessageSize = 72
 
 	diagAttrInfo     = 2 // INET_DIAG_INFO: struct tcp_info
@@ -33,9 +37,8 @@ const (
 const diagStates = 1<<stateEstablished | 1<<stateSynRecv | 1<<stateFinWait1 | 1<<stateFinWait2 |
 	1<<stateCloseWait | 1<<stateLastAck | 1<<stateClosing
 
-// diagRequest is one inet_diag dump of a family's TCP sockets whose local port is in a range.
+// diagRequest is one inet_diag dump of the TCP sockets, IPv4 and IPv6, whose local port is in a range.
 type diagRequest struct {
-	family  uint8
 	lowest  uint16
 	highest uint16
 }
@@ -44,8 +47,8 @@ func (r diagRequest) Len() int { return diagRequestSize + 4 + diagOpPairLength }
 
 func (r diagRequest) Serialize() []byte {
 	b := make([]byte, r.Len())
-	b[0], b[1], b[2] = r.family, unix.IPPROTO_TCP, 1<<(diagAttrInfo-1)
-	binary.NativeEndian.PutUint32(b[4:], diagStates)
+	b[3] = 1 << (diagAttrInfo - 1)
+	binary.NativeEndian.PutUint32(b[52:], diagStates)
 	// The kernel compares ports with two conditional jumps, "source >= lowest" and "source <= highest". Each takes two
 	// operations, the second of which holds the port in host order; "no" jumps four bytes past the end, which rejects. A
 	// range, since a test for equality came with later kernels; the rest is sorted out here.
@@ -62,7 +65,7 @@ func (r diagRequest) Serialize() []byte {
 	return b
 }
 
-// dump calls f for every TCP socket of one family whose local port is within the range. The socket it is given is valid
+// dump calls f for every TCP socket whose local port is within the range. The socket it is given is valid
 // during the call only.
 func (r diagRequest) dump(ctx context.Context, timeout time.Duration, f func(*socket)) error {
 	conn, err := nl.Subscribe(unix.NETLINK_INET_DIAG)
@@ -78,12 +81,12 @@ func (r diagRequest) dump(ctx context.Context, timeout time.Duration, f func(*so
 		return fmt.Errorf("setting the time limits of an inet_diag socket: %w", err)
 	}
 
-	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+	req := nl.NewNetlinkRequest(diagGetTCP, unix.NLM_F_DUMP)
 	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Seq: 1, Socket: conn}}
 	req.AddData(r)
 	var parseErr error
 	var s socket
-	err = req.ExecuteIter(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY, func(msg []byte) bool {
+	err = req.ExecuteIter(unix.NETLINK_INET_DIAG, diagGetTCP, func(msg []byte) bool {
 		if parseErr = s.parse(msg); parseErr != nil {
 			return false
 		}
@@ -92,10 +95,6 @@ func (r diagRequest) dump(ctx context.Context, timeout time.Duration, f func(*so
 	})
 	// An interrupted dump may have missed a socket that opened or closed meanwhile; the next sample sees it.
 	if err != nil && !errors.Is(err, nl.ErrDumpInterrupted) {
-		// A kernel without this family has no sockets of it.
-		if r.family == unix.AF_INET6 && errors.Is(err, unix.ENOENT) {
-			return nil
-		}
 		return fmt.Errorf("listing TCP sockets through inet_diag: %w", os.NewSyscallError("netlink", err))
 	}
 	return parseErr

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// BenchmarkSockdiagSample: the kernel walks its whole table of connections for each family, so there is a fixed cost,
+// BenchmarkSockdiagSample: the kernel walks its whole table of connections, so there is a fixed cost,
 // and one for each socket.
 func BenchmarkSockdiagSample(b *testing.B) {
 	for _, n := range []int{1, 100, 1000, 9000} {

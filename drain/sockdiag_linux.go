@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 )
 
 // Defaults of SockdiagConfig.
@@ -92,7 +91,7 @@ func NewSockdiag(cfg SockdiagConfig) (*Sockdiag, error) {
 	if err := s.SetPorts(cfg.Ports); err != nil {
 		return nil, err
 	}
-	probe := diagRequest{family: unix.AF_INET, lowest: 1, highest: 1}
+	probe := diagRequest{lowest: 1, highest: 1}
 	if err := probe.dump(context.Background(), DefaultSampleTimeout, func(*socket) {}); err != nil {
 		return nil, fmt.Errorf("sockdiag: %w", err)
 	}
@@ -174,15 +173,13 @@ func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 	now := time.Now()
 	s.round++
 	longest := s.longest
-	for _, req.family = range []uint8{unix.AF_INET, unix.AF_INET6} {
-		err := req.dump(ctx, DefaultSampleTimeout, func(sock *socket) {
-			if multiplexed, ok := s.ports[sock.port]; ok {
-				s.count(&result, sock, multiplexed, now)
-			}
-		})
-		if err != nil {
-			return Sample{}, err
+	err := req.dump(ctx, DefaultSampleTimeout, func(sock *socket) {
+		if multiplexed, ok := s.ports[sock.port]; ok {
+			s.count(&result, sock, multiplexed, now)
 		}
+	})
+	if err != nil {
+		return Sample{}, err
 	}
 	// A dump may miss a socket while its neighbours come and go, so what is known is kept for one sample more.
 	for cookie, c := range s.conns {
