@@ -71,6 +71,11 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 		case errors.Is(err, rpctypes.ErrLeaseNotFound):
 			r.loseLease()
 			continue
+		case errors.Is(err, rpctypes.ErrNoSpace) && said:
+			farewell = false
+			continue
+		case errors.Is(err, rpctypes.ErrNoSpace):
+			return nil, fmt.Errorf("writing to etcd: %w", errors.Join(err, r.onlyDelete(ctx, ifs, want)))
 		case err != nil:
 			r.s.stale = true // it may have been carried out all the same
 			return nil, fmt.Errorf("writing to etcd: %w", err)
@@ -98,6 +103,32 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 		return problem, nil
 	}
 	return nil, errors.New("the records change faster than they can be written")
+}
+
+// onlyDelete carries out what an etcd without space still does: an instance that is not ready must not stay advertised
+// until somebody has made room.
+func (r *Registrar) onlyDelete(ctx context.Context, ifs []clientv3.Cmp, want map[string]*string) error {
+	var gone []string
+	var deletes []clientv3.Op
+	for key, value := range want {
+		if value == nil {
+			gone, deletes = append(gone, key), append(deletes, clientv3.OpDelete(key))
+		}
+	}
+	r.s.stale = true
+	if len(deletes) == 0 {
+		return nil
+	}
+	resp, err := r.commit(ctx, ifs, deletes, nil)
+	if err != nil {
+		return fmt.Errorf("deleting from etcd: %w", err)
+	}
+	if resp.Succeeded {
+		for _, key := range gone {
+			r.s.known[key] = known{}
+		}
+	}
+	return nil
 }
 
 func (r *Registrar) commit(ctx context.Context, ifs []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {

@@ -9,7 +9,9 @@ package etcdtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -187,7 +189,7 @@ func (m *member) Stop() {
 func (m *member) close() {
 	m.Stop()
 	for _, l := range m.links {
-		l.close()
+		l.Close()
 	}
 }
 
@@ -195,20 +197,25 @@ func (m *member) close() {
 func (m *member) Endpoint() string { return m.own.Endpoint() }
 
 func (m *member) link() (*Link, error) {
-	l, err := newLink(m.address)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("make a link to etcd: %w", err)
 	}
+	l := NewLink(ln, m.dial)
 	m.mu.Lock()
 	m.links = append(m.links, l)
 	m.mu.Unlock()
 	return l, nil
 }
 
-func (m *member) address() string {
+func (m *member) dial() (net.Conn, error) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.target
+	target := m.target
+	m.mu.Unlock()
+	if target == "" {
+		return nil, errors.New("the member is stopped")
+	}
+	return net.Dial("tcp", target)
 }
 
 // History is every change there ever was, oldest first. It needs a client that may read everything, and no compaction.

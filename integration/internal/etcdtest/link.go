@@ -3,6 +3,7 @@ package etcdtest
 import (
 	"net"
 	"sync"
+	"time"
 )
 
 // Mode is what a Link does with bytes.
@@ -20,26 +21,24 @@ const (
 	Refuse
 )
 
-// Link is one TCP way to the member.
+// Link is one way to a member.
 type Link struct {
-	target   func() string // empty: nobody there
+	dial     func() (net.Conn, error)
 	listener net.Listener
 
 	mu      sync.Mutex
 	mode    Mode
+	delay   time.Duration
 	changed chan struct{} // closed and replaced when mode changes
 	conns   map[net.Conn]bool
 	closed  bool
 }
 
-func newLink(target func() string) (*Link, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	l := &Link{target: target, listener: ln, changed: make(chan struct{}), conns: map[net.Conn]bool{}}
+// NewLink carries what comes to ln to where dial connects to, which may fail as long as nobody is there. It owns ln.
+func NewLink(ln net.Listener, dial func() (net.Conn, error)) *Link {
+	l := &Link{dial: dial, listener: ln, changed: make(chan struct{}), conns: map[net.Conn]bool{}}
 	go l.accept()
-	return l, nil
+	return l
 }
 
 // Endpoint is the link's address, host:port.
@@ -58,6 +57,13 @@ func (l *Link) Set(m Mode) {
 	}
 }
 
+// SetDelay makes bytes that arrive from now on take d, each way.
+func (l *Link) SetDelay(d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.delay = d
+}
+
 func (l *Link) now() (Mode, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -73,7 +79,8 @@ func (l *Link) cut() {
 	}
 }
 
-func (l *Link) close() {
+// Close ends the link and all its connections.
+func (l *Link) Close() {
 	l.listener.Close()
 	l.mu.Lock()
 	l.closed = true
@@ -113,11 +120,7 @@ func (l *Link) accept() {
 
 func (l *Link) serve(client net.Conn) {
 	defer l.drop(client)
-	target := l.target()
-	if target == "" {
-		return
-	}
-	member, err := net.Dial("tcp", target)
+	member, err := l.dial()
 	if err != nil || !l.keep(member) {
 		return
 	}
@@ -136,25 +139,46 @@ func (l *Link) serve(client net.Conn) {
 	<-done
 }
 
+// pump reads ahead, so that a delay is latency and not a bottleneck.
 func (l *Link) pump(to, from net.Conn, answers bool) {
-	buf := make([]byte, 32<<10)
-	for {
-		n, err := from.Read(buf)
+	type chunk struct {
+		due  time.Time
+		data []byte
+	}
+	ahead, done := make(chan chunk, 64), make(chan struct{})
+	defer close(done)
+	go func() {
+		defer close(ahead)
+		for {
+			buf := make([]byte, 32<<10)
+			n, err := from.Read(buf)
+			l.mu.Lock()
+			due := time.Now().Add(l.delay)
+			l.mu.Unlock()
+			select {
+			case ahead <- chunk{due, buf[:n]}:
+			case <-done:
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	for c := range ahead {
+		time.Sleep(time.Until(c.due))
 		mode, changed := l.now()
 		for mode == Hold {
-			<-changed // the mode always leaves Hold: close sets Refuse
+			<-changed // the mode always leaves Hold: Close sets Refuse
 			mode, changed = l.now()
 		}
 		if mode == Refuse {
 			return
 		}
-		if n > 0 && !(answers && mode == DropAnswers) {
-			if _, werr := to.Write(buf[:n]); werr != nil {
+		if len(c.data) > 0 && !(answers && mode == DropAnswers) {
+			if _, err := to.Write(c.data); err != nil {
 				return
 			}
-		}
-		if err != nil {
-			return
 		}
 	}
 }
