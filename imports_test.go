@@ -10,6 +10,7 @@ import (
 	"go/token"
 	"go/types"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -262,6 +263,51 @@ func TestImportRulesSeeABreach(t *testing.T) {
 	if v := (packages{}).violations(); len(v) != len(rules) {
 		t.Errorf("rules for packages that don't exist: %q", v)
 	}
+}
+
+// TestAgentKeepsOnlyMethodsInUse: reflect's MethodByName and Method, called with what only the run knows, make the linker
+// keep every exported method of every type, 4 MB in each sidecar. Packages don't tell: what is imported need not be linked.
+// text/template does it; so does golang.org/x/net/trace, hence the tag, with which the agent is to be built.
+func TestAgentKeepsOnlyMethodsInUse(t *testing.T) {
+	for _, r := range reflectsMethods(t, "-tags=grpcnotrace", "./cmd/usher-agent") {
+		t.Errorf("%s looks methods up as the program runs", r)
+	}
+}
+
+func TestReflectedMethodsAreSeen(t *testing.T) {
+	source := filepath.Join(t.TempDir(), "main.go")
+	text := `package main; import ("os"; "text/template"); func main() { template.New("").Execute(os.Stdout, nil) }`
+	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := reflectsMethods(t, source); !slices.Contains(got, "text/template.(*state).evalField") {
+		t.Errorf("got %q, want text/template's", got)
+	}
+}
+
+// reflectsMethods are the functions linked into a program that look methods up by a name or number not known before it
+// runs. The linker marks them in the dependencies that it lists, one a line: from [<mark>...] -> to [<mark>...].
+func reflectsMethods(t *testing.T, build ...string) []string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"build", "-ldflags=-dumpdep", "-o", filepath.Join(t.TempDir(), "program")}, build...)...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	listed, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("go build: %v\n%.2000s", err, listed)
+	}
+	var found []string
+	main := false
+	for line := range strings.Lines(string(listed)) {
+		from, _, _ := strings.Cut(line, " -> ")
+		main = main || strings.HasPrefix(from, "main.main")
+		if name, marks, _ := strings.Cut(from, " <"); strings.Contains(marks, "ReflectMethod>") && !slices.Contains(found, name) {
+			found = append(found, name)
+		}
+	}
+	if !main {
+		t.Fatalf("the linker listed no dependency of main.main: %.2000s", listed)
+	}
+	return found
 }
 
 // TestNoGlobalState finds init functions, and package-level variables that are given a value after their declaration or

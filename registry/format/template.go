@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
-	"text/template"
+
+	// Go's text/template without calls of methods by name: for these the linker would keep every exported method of every
+	// type, which is 4 MB of the agent's binary.
+	template "github.com/DataDog/datadog-agent/pkg/template/text"
 )
 
-// templateData is what Spec.Key and Spec.Value see.
+// templateData is what Spec.Key and Spec.Value see, together with .Port.
 type templateData struct {
 	ID, Namespace, Service string
 	Address                string // the primary one
@@ -20,20 +23,22 @@ type templateData struct {
 	Version, Zone          string
 	Metadata               map[string]string
 	Draining               bool
-
-	ref portRef
 }
 
-// Port is the number of the port that Spec.Port means.
-func (d templateData) Port() (uint16, error) {
-	p, err := d.ref.find("template", d.Ports)
-	return p.Number, err
+// templateDataPort is the data of an instance that has the port that Spec.Port means.
+type templateDataPort struct {
+	templateData
+	Port uint16
 }
 
-func newTemplateData(i Instance, ref portRef) templateData {
+var templateFuncs = template.FuncMap{
+	"hostport": templateHostPort, "bracket": templateBracket, "json": templateJSON, "lower": strings.ToLower,
+}
+
+func newTemplateData(i Instance) templateData {
 	d := templateData{
 		ID: i.ID, Namespace: i.Namespace, Service: i.Service, Address: i.Addresses[0].String(), Ports: i.Ports,
-		Weight: i.Weight, Version: i.Version, Zone: i.Zone, Metadata: i.Metadata, Draining: i.Draining, ref: ref,
+		Weight: i.Weight, Version: i.Version, Zone: i.Zone, Metadata: i.Metadata, Draining: i.Draining,
 	}
 	for _, a := range i.Addresses {
 		d.Addresses = append(d.Addresses, a.String())
@@ -60,9 +65,7 @@ func newTemplate(s Spec) (codec, error) {
 		if f.text == "" {
 			return fail(f.field, f.text, "want a Go text/template, as in /services/{{.Service}}/{{.ID}} and {{hostport .Address .Port}}")
 		}
-		t, err := template.New(f.field).Funcs(template.FuncMap{
-			"hostport": templateHostPort, "bracket": templateBracket, "json": templateJSON, "lower": strings.ToLower,
-		}).Parse(f.text)
+		t, err := template.New(f.field).Funcs(templateFuncs).Parse(f.text)
 		if err != nil {
 			return fail(f.field, f.text, "no Go text/template: "+err.Error())
 		}
@@ -70,7 +73,7 @@ func newTemplate(s Spec) (codec, error) {
 	}
 	// What made-up instances lack in metadata is no mistake of the template.
 	sample := func(field string, i Instance) (string, error) {
-		return render(parsed[field].Option("missingkey=zero"), newTemplateData(i, ref))
+		return render(parsed[field].Option("missingkey=zero"), i, ref)
 	}
 	one := Instance{
 		ID: "0a", Namespace: "0b", Service: "0c",
@@ -118,10 +121,9 @@ func newTemplate(s Spec) (codec, error) {
 		t.Option("missingkey=error")
 	}
 	return codec{prefix: prefix, drains: out["value"] != out["value draining"], encode: func(i Instance) ([]Record, error) {
-		d := newTemplateData(i, ref)
 		var r Record
 		for field, to := range map[string]*string{"key": &r.Key, "value": &r.Value} {
-			text, err := render(parsed[field], d)
+			text, err := render(parsed[field], i, ref)
 			if e := (*Error)(nil); errors.As(err, &e) {
 				return nil, e
 			}
@@ -143,10 +145,27 @@ func commonPath(a, b string) string {
 	return a[:strings.LastIndex(a[:n], "/")+1]
 }
 
-// render executes t, and stops one that grows beyond any record.
-func render(t *template.Template, d templateData) (string, error) {
+// render executes t over i. That i has no port as ref means is an *Error, if it is what t fails of.
+func render(t *template.Template, i Instance, ref portRef) (string, error) {
+	d := newTemplateData(i)
+	p, noPort := ref.find("template", i.Ports)
+	if noPort == nil {
+		return execute(t, templateDataPort{d, p.Number})
+	}
+	out, err := execute(t, d)
+	if err == nil {
+		return out, nil
+	}
+	if _, err := execute(t, templateDataPort{d, 1}); err != nil {
+		return "", err // not even with a port
+	}
+	return "", noPort
+}
+
+// execute stops a text that grows beyond any record.
+func execute(t *template.Template, data any) (string, error) {
 	var out limited
-	if err := t.Execute(&out, d); err != nil {
+	if err := t.Execute(&out, data); err != nil {
 		return "", err
 	}
 	return out.b.String(), nil
