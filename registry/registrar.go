@@ -61,7 +61,7 @@ type NamedFormat struct {
 
 // Counters are running totals since the agent's start.
 type Counters struct {
-	Transactions, Failures, Conflicts, LeasesGranted, LeasesLost atomic.Int64
+	Transactions, Failures, Conflicts, LeasesGranted, LeasesLost, Renewals atomic.Int64
 }
 
 // ErrSuperseded says that another agent owns the ledger record: a newer Pod of the same name, or another agent process
@@ -389,21 +389,17 @@ func (r *Registrar) publish(err error) {
 func (r *Registrar) grant(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
+	asked := time.Now()
 	resp, err := r.s.cli.Grant(ctx, int64(r.cfg.TTL/time.Second))
 	if err != nil {
 		return fmt.Errorf("getting a lease: %w", r.unanswered(err))
 	}
 	keep, stop := context.WithCancel(r.s.live)
-	alive, err := r.s.cli.KeepAlive(keep, resp.ID)
-	if err != nil {
-		stop()
-		return fmt.Errorf("keeping the lease: %w", err)
-	}
 	lost := make(chan struct{})
+	cli := r.s.cli
 	go func() {
-		for range alive { // it ends when the lease does, by the server's word or by the client's own clock
-		}
-		close(lost)
+		defer close(lost)
+		r.renew(keep, cli, resp.ID, asked)
 	}()
 	r.s.lease, r.s.lost, r.s.stopLease = resp.ID, lost, stop
 	r.s.leases[resp.ID] = true

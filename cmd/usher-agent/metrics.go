@@ -52,6 +52,7 @@ func newMetrics(a *agent) *metrics {
 		counter("usher_registry_conflicts_total", "Times that a record was somebody else's and left alone.", func() float64 { return float64(c.Conflicts.Load()) }, nil),
 		counter("usher_registry_leases_granted_total", "Leases granted.", func() float64 { return float64(c.LeasesGranted.Load()) }, nil),
 		counter("usher_registry_leases_lost_total", "Leases lost.", func() float64 { return float64(c.LeasesLost.Load()) }, nil),
+		counter("usher_registry_lease_renewals_total", "Renewals of leases.", func() float64 { return float64(c.Renewals.Load()) }, nil),
 		gauge("usher_kubernetes_problems", "What keeps the agent from seeing Kubernetes clearly, counted.", func() float64 { return float64(len(a.machine.Status().Observation.Problems)) }, nil),
 		counter("usher_events_dropped_total", "Kubernetes Events that could not be written.", func() float64 { return float64(a.recorder.Dropped()) }, nil),
 		counter("usher_hook_calls_total", "Calls of the preStop hook.", func() float64 { return float64(a.hook.accepted.Load()) }, prometheus.Labels{"result": "accepted"}),

@@ -84,7 +84,6 @@ func TestReregistersAfterEtcdRestart(t *testing.T) {
 		t.Parallel()
 		w := newWorld(t)
 		a := w.registered(spec{ttl: time.Minute})
-		a.renewed()
 		before := w.get(key)
 		w.etcd.Restart()
 		a.sync()
@@ -169,7 +168,6 @@ func TestSyncReportsWhatKeptIt(t *testing.T) {
 		}
 		return err
 	}
-	a.renewed()
 	link.Set(etcdtest.Hold)
 	a.offline("not ready")
 	if err := sync(300 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "etcd has not answered") {
@@ -195,7 +193,6 @@ func TestSyncDoesNotBlameAnOldProblem(t *testing.T) {
 	a := w.start(spec{link: link, ttl: time.Minute})
 	a.online("ready")
 	a.sync()
-	a.renewed()
 	link.Set(etcdtest.Hold)
 	a.offline("not ready")
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
@@ -251,7 +248,6 @@ func TestLostAnswerIsNoConflict(t *testing.T) {
 	a := w.start(spec{link: link, ttl: time.Minute})
 	a.offline("not ready")
 	a.sync()
-	a.renewed()
 	link.Set(etcdtest.DropAnswers)
 	a.online("ready")
 	eventually(t, "the transaction is carried out", func() bool { return w.get(key) != nil })

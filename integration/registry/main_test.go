@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -201,8 +200,6 @@ type agent struct {
 	mu       sync.Mutex
 	statuses []lifecycle.RegistryStatus
 	client   *clientv3.Client
-
-	renewals atomic.Int64 // of leases
 }
 
 // start runs an agent; it ends with the test.
@@ -268,7 +265,6 @@ func (w *world) start(s spec) *agent {
 func (a *agent) dial() (*clientv3.Client, error) {
 	c, err := a.spec.conn.Dial(nil)
 	if err == nil {
-		c.Lease = renewalCounter{c.Lease, &a.renewals}
 		if a.spec.wrap != nil {
 			a.spec.wrap(c)
 		}
@@ -277,34 +273,6 @@ func (a *agent) dial() (*clientv3.Client, error) {
 	defer a.mu.Unlock()
 	a.client = c
 	return c, err
-}
-
-// renewed waits for the first renewal of the lease. Until then the etcd client takes it for lost 3 s after the grant,
-// whatever its TTL is.
-func (a *agent) renewed() {
-	a.w.t.Helper()
-	eventually(a.w.t, "the lease is renewed", func() bool { return a.renewals.Load() > 0 })
-}
-
-type renewalCounter struct {
-	clientv3.Lease
-	n *atomic.Int64
-}
-
-func (r renewalCounter) KeepAlive(ctx context.Context, id clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
-	in, err := r.Lease.KeepAlive(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	out := make(chan *clientv3.LeaseKeepAliveResponse)
-	go func() {
-		defer close(out)
-		for resp := range in {
-			r.n.Add(1)
-			out <- resp // the registrar reads until the end
-		}
-	}()
-	return out, nil
 }
 
 // stop ends the agent as SIGTERM does.
