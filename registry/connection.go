@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
 )
 
 const (
@@ -40,14 +42,17 @@ type Connection struct {
 	// client decides by the first one for all of them.
 	Endpoints []string
 
-	// CACert, Cert and Key are PEM files. Without CACert a TLS server is held against the system's roots. Cert and Key
-	// are read again on every handshake, CACert only by Dial.
+	// CACert, Cert and Key are PEM files. Without CACert a TLS server is held against the system's roots. All are read
+	// again on every handshake, so that a reconnect is enough after they were renewed.
 	CACert, Cert, Key string
 	// InsecureSkipVerify leaves the server's certificate unchecked.
 	InsecureSkipVerify bool
 
 	// User is a name, or "name:password" when Password is empty.
 	User, Password string
+	// PasswordFile holds the password instead, and is read again on every login, so that a password can be changed while
+	// the client runs. White space around it doesn't count.
+	PasswordFile string
 
 	// DialTimeout bounds one connection attempt, and the authentication in Dial. Default 2 s.
 	DialTimeout time.Duration
@@ -155,11 +160,22 @@ func (c Connection) Validate() error {
 		return err
 	}
 	user, password := c.credentials()
+	if c.PasswordFile != "" {
+		switch {
+		case password != "":
+			return fmt.Errorf("password-file is %q, and there is a password too: want one of them", c.PasswordFile)
+		case user == "":
+			return fmt.Errorf("password-file is %q, but user is empty: want both or neither", c.PasswordFile)
+		}
+		if password, err = readPassword(c.PasswordFile); err != nil {
+			return err
+		}
+	}
 	switch {
 	case user == "" && password != "":
 		return errors.New("password is set, but user is empty: want both or neither")
 	case user != "" && password == "":
-		return fmt.Errorf("user is %q, but there is no password: want password, or user as name:password", user)
+		return fmt.Errorf("user is %q, but there is no password: want password, password-file, or user as name:password", user)
 	}
 	for _, d := range []struct {
 		name  string
@@ -266,6 +282,51 @@ func (c Connection) credentials() (user, password string) {
 	return c.User, c.Password
 }
 
+func readPassword(file string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("password-file is %q: want a readable file: %w", file, err)
+	}
+	password := strings.TrimSpace(string(text))
+	if password == "" {
+		return "", fmt.Errorf("password-file is %q: want a password in it, and it is empty", file)
+	}
+	return password, nil
+}
+
+// freshPassword logs in with the password that a file has at the moment. The client logs in through its own Auth.
+type freshPassword struct {
+	clientv3.Auth
+	file string
+}
+
+func (f freshPassword) Authenticate(ctx context.Context, name, _ string) (*clientv3.AuthenticateResponse, error) {
+	password, err := readPassword(f.file)
+	if err != nil {
+		return nil, err
+	}
+	return f.Auth.Authenticate(ctx, name, password)
+}
+
+// freshTLS reads the files of a TLS connection anew for each handshake. A tls.Config alone can do that for the client's
+// certificate, but not for RootCAs.
+type freshTLS struct {
+	credentials.TransportCredentials // of the files as Dial found them
+	config                           func() (*tls.Config, error)
+}
+
+func (f freshTLS) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	cfg, err := f.config()
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the TLS files: %w", err)
+	}
+	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+}
+
+func (f freshTLS) Clone() credentials.TransportCredentials {
+	return freshTLS{f.TransportCredentials.Clone(), f.config}
+}
+
 // Dial validates, and makes a client. Without a user it never waits: the client connects in the background, and again
 // after every loss, at most about a second after etcd is back. With a user it logs in, which takes at most DialTimeout
 // and fails when etcd can't be reached: call it again then. The client's own logs go to logger; nil discards them.
@@ -283,6 +344,12 @@ func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 		return d
 	}
 	user, password := c.credentials()
+	if c.PasswordFile != "" {
+		var err error
+		if password, err = readPassword(c.PasswordFile); err != nil {
+			return nil, fmt.Errorf("etcd connection: %w", err)
+		}
+	}
 	cfg := clientv3.Config{
 		Endpoints:            c.Endpoints,
 		DialTimeout:          or(c.DialTimeout, DefaultDialTimeout),
@@ -306,6 +373,8 @@ func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 		if cfg.TLS, err = info.ClientConfig(); err != nil {
 			return nil, fmt.Errorf("etcd connection: TLS: %w", err)
 		}
+		// The client's own credentials come before, so these win.
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(freshTLS{credentials.NewTLS(cfg.TLS), info.ClientConfig}))
 	}
 	cli, err := clientv3.New(cfg)
 	if err != nil {
@@ -314,6 +383,9 @@ func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 			doing = fmt.Sprintf("logging in as %q", user)
 		}
 		return nil, fmt.Errorf("etcd connection to %s: %s: %w", strings.Join(c.Endpoints, ","), doing, err)
+	}
+	if c.PasswordFile != "" {
+		cli.Auth = freshPassword{cli.Auth, c.PasswordFile}
 	}
 	return cli, nil
 }

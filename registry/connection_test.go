@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,6 +172,10 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		{"CA is no PEM", Connection{Endpoints: a, CACert: key}, []string{"cacert is", key, "want a PEM file"}},
 		{"foreign key", Connection{Endpoints: a, Cert: cert, Key: otherKey}, []string{cert, otherKey, "belong together"}},
 		{"password alone", Connection{Endpoints: a, Password: "hidden"}, []string{"password is set", "user is empty"}},
+		{"two passwords", Connection{Endpoints: a, User: "me:hidden", PasswordFile: cert}, []string{"password-file is", cert, "want one of them"}},
+		{"password file alone", Connection{Endpoints: a, PasswordFile: cert}, []string{"password-file is", cert, "user is empty"}},
+		{"no such password file", Connection{Endpoints: a, User: "me", PasswordFile: dir + "/none"}, []string{"password-file is", dir + "/none", "want a readable file"}},
+		{"empty password file", Connection{Endpoints: a, User: "me", PasswordFile: os.DevNull}, []string{"password-file is", os.DevNull, "it is empty"}},
 		{"user alone", Connection{Endpoints: a, User: "me"}, []string{`user is "me"`, "want password"}},
 		{"duration", Connection{Endpoints: a, DialTimeout: -1}, []string{"dial-timeout is -1ns", "above 0"}},
 		{"URL credentials", Connection{Endpoints: []string{"https://me:hidden@a:1"}}, []string{`credentials for "a:1"`, "user and password"}},
@@ -283,6 +288,78 @@ func TestRenewedClientCertificateIsUsedOnReconnect(t *testing.T) {
 			t.Fatalf("certificate %d", got)
 		}
 	}
+}
+
+// The server gets a certificate of another CA; once the client's file of CAs is that one's, it connects without another Dial.
+func TestRenewedCAIsUsedOnReconnect(t *testing.T) {
+	dir := t.TempDir()
+	firstCert, firstKey := keyPair(t, dir, "first", 1)
+	secondCert, secondKey := keyPair(t, dir, "second", 2)
+	ca := filepath.Join(dir, "ca.crt")
+	trust := func(cert string) {
+		text, err := os.ReadFile(cert)
+		if err == nil {
+			err = os.WriteFile(ca, text, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	trust(firstCert)
+	var pair atomic.Pointer[tls.Certificate]
+	serve := func(cert, key string) {
+		p, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pair.Store(&p)
+	}
+	serve(firstCert, firstKey)
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{NextProtos: []string{"h2"},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Load(), nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	shakes := make(chan bool, 1000)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// The client's word on the certificate comes after the server's handshake, as an alert instead of a byte.
+			tc := conn.(*tls.Conn)
+			_, err = tc.Read(make([]byte, 1))
+			shakes <- err == nil
+			conn.Close()
+		}
+	}()
+	cli, err := Connection{Endpoints: []string{"https://" + l.Addr().String()}, CACert: ca}.Dial(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cli.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	go cli.Get(ctx, "x")
+	until := func(want bool) {
+		for {
+			select {
+			case got := <-shakes:
+				if got == want {
+					return
+				}
+			case <-ctx.Done():
+				t.Fatalf("no handshake with success %t", want)
+			}
+		}
+	}
+	until(true)
+	serve(secondCert, secondKey)
+	until(false)
+	trust(secondCert)
+	until(true)
 }
 
 // gRPC's own back-off would have grown to more than 10 s by the last of these attempts.
