@@ -13,6 +13,8 @@ type Observation struct {
 	// Problems are what keeps the watcher from seeing clearly, one sentence each: a Service that doesn't exist, a
 	// permission that RBAC lacks, an API server that can't be reached. What was seen before a problem still stands.
 	Problems []string
+	// Unreachable says that one of the Problems is an API server that can't be reached.
+	Unreachable bool
 }
 
 // Pod is the part of the own Pod that matters here.

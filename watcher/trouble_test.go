@@ -37,6 +37,9 @@ func TestServerThatIsLostChangesNothingButProblems(t *testing.T) {
 	n := len(r.all())
 	r.down()
 	o := r.until("a problem", problem("the API server can't be reached since "))
+	if !o.Unreachable {
+		t.Error("Unreachable is false")
+	}
 	if !strings.Contains(o.Problems[0], "connection refused") || strings.Contains(o.Problems[0], r.addr) {
 		t.Errorf("problem is %q", o.Problems[0])
 	}

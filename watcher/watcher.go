@@ -156,7 +156,7 @@ func (w *Watcher) work(ctx context.Context) {
 		s.problems(&p)
 		answered = answered && s.answered()
 	}
-	obs.Problems = p.list()
+	obs.Problems, obs.Unreachable = p.list(), p.lost != nil
 
 	// An endpoint that wasn't asked for yet isn't absent.
 	w.started = w.started || answered

@@ -44,6 +44,7 @@ type agent struct {
 	sockdiag  *drain.Sockdiag // nil when it isn't a source, or the kernel refuses it
 	progress  atomic.Pointer[drain.Progress]
 	hook      hook
+	readiness *readiness
 	metrics   *metrics
 	servers   []server
 
@@ -58,7 +59,7 @@ type server struct {
 
 // newAgent checks everything that can be checked, and takes the addresses it is to listen on, before anything starts.
 func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
-	a := &agent{cfg: cfg, log: log}
+	a := &agent{cfg: cfg, log: log, readiness: newReadiness()}
 	watcher.RouteKlog(log.Named("client-go"))
 	// gRPC has one logger for the process, and says at its info level what each connection does.
 	grpclog.SetLoggerV2(zapgrpc.NewLogger(log.Named("grpc").WithOptions(zap.IncreaseLevel(zap.WarnLevel))))
@@ -274,7 +275,7 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 
 // observed is called from the watcher's goroutine.
 func (a *agent) observed(o lifecycle.Observation) {
-	a.hook.observed(o)
+	a.readiness.observed(o)
 	if a.sockdiag != nil {
 		if ports := a.ports(o); len(ports) > 0 {
 			if err := a.sockdiag.SetPorts(ports); err != nil {

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,6 +26,8 @@ const (
 	// catchUp is how long a hook call without a token waits for the deletion of its Pod to be seen: the kubelet may be
 	// quicker than the watch.
 	catchUp = time.Second
+	// firstLook is how long /readyz waits for the first observation: half of the kubelet's default probe timeout.
+	firstLook = 500 * time.Millisecond
 	// refusalsEvery bounds the log: a flood of refused calls is one line in that time.
 	refusalsEvery = 10 * time.Second
 	// headerTimeout and maxHeader keep slow and large callers from holding the agent's memory.
@@ -36,23 +39,46 @@ const (
 type hook struct {
 	accepted, refused atomic.Int64
 	lastRefusal       atomic.Int64 // unix nanoseconds of the last one logged
-	seen              atomic.Bool  // own Pod and all Services were seen once
-	problem           atomic.Pointer[string]
 }
 
-// observed keeps what /readyz says. Once everything was seen, nothing takes that back: an outage of the API server must
-// not make pods unready.
-func (h *hook) observed(o lifecycle.Observation) {
-	if h.seen.Load() {
+// readiness is what /readyz says: whether the agent can do its work as it is set up. Once it could, nothing takes that
+// back, and an API server that can't be reached is no reason either: its outage must not make pods unready.
+type readiness struct {
+	mu      sync.Mutex
+	latched bool
+	problem string
+	once    sync.Once
+	first   chan struct{} // closed with the first observation
+}
+
+func newReadiness() *readiness { return &readiness{first: make(chan struct{})} }
+
+func (r *readiness) observed(o lifecycle.Observation) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.once.Do(func() { close(r.first) })
+	r.latched = r.latched || len(o.Problems) == 0 && o.Pod.Known
+	r.problem = ""
+	if len(o.Problems) > 0 && !o.Unreachable {
+		r.problem = o.Problems[0]
+	}
+}
+
+// handler waits a moment for the first observation, so that a probe that comes early isn't told what isn't known yet.
+func (r *readiness) handler(w http.ResponseWriter, req *http.Request) {
+	ctx, cancel := context.WithTimeout(req.Context(), firstLook)
+	defer cancel()
+	select {
+	case <-r.first:
+	case <-ctx.Done():
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.problem != "" && !r.latched {
+		http.Error(w, r.problem, http.StatusServiceUnavailable)
 		return
 	}
-	if len(o.Problems) == 0 && o.Pod.Known {
-		h.seen.Store(true)
-		return
-	}
-	if len(o.Problems) > 0 {
-		h.problem.Store(&o.Problems[0])
-	}
+	fmt.Fprintln(w, "ok")
 }
 
 // listen takes all addresses, so that one that is taken is known before anything starts.
@@ -67,7 +93,7 @@ func (a *agent) listen() (err error) {
 	hookAPI, control := http.NewServeMux(), http.NewServeMux()
 	for _, mux := range []*http.ServeMux{hookAPI, control} {
 		mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-		mux.HandleFunc("GET /readyz", a.readyz)
+		mux.HandleFunc("GET /readyz", a.readiness.handler)
 		mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
 	}
 	hookAPI.HandleFunc(api.PrestopPath, a.prestop(false))
@@ -137,18 +163,6 @@ func clearSocket(path string) error {
 		return errors.New("another process listens there")
 	}
 	return os.Remove(path)
-}
-
-func (a *agent) readyz(w http.ResponseWriter, _ *http.Request) {
-	if a.hook.seen.Load() {
-		fmt.Fprintln(w, "ok")
-		return
-	}
-	why := "the API server hasn't answered yet"
-	if p := a.hook.problem.Load(); p != nil {
-		why = *p
-	}
-	http.Error(w, why, http.StatusServiceUnavailable)
 }
 
 // prestop blocks until the verdict. trusted: whoever can call is in the pod.

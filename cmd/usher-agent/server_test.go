@@ -44,7 +44,7 @@ func (i instantly) Wait(context.Context, time.Time) lifecycle.DrainResult {
 // newTestAgent is an agent whose machine runs until the test ends, without etcd and Kubernetes.
 func newTestAgent(t *testing.T, log *zap.Logger) *agent {
 	t.Helper()
-	a := &agent{cfg: config{HookToken: token, Cluster: "c", Namespace: "ns", Pod: "p", PodUID: "u"}, log: log}
+	a := &agent{cfg: config{HookToken: token, Cluster: "c", Namespace: "ns", Pod: "p", PodUID: "u"}, log: log, readiness: newReadiness()}
 	var err error
 	fake := instantly{new(sync.WaitGroup)}
 	a.machine, err = lifecycle.New(lifecycle.Config{Registrar: fake, Drainer: fake, Budget: lifecycle.DefaultBudget(), Quiet: drain.DefaultQuiet})
@@ -218,28 +218,48 @@ func TestStatusIsOnControlListenersOnly(t *testing.T) {
 	}
 }
 
-func TestReadyOnceEverythingWasSeenAndForGood(t *testing.T) {
-	a, err := listening(t, nil)
-	if err != nil {
-		t.Fatal(err)
+func TestReadyUnlessKubernetesSaysWhatIsWrong(t *testing.T) {
+	missing := lifecycle.Observation{Pod: lifecycle.Pod{Known: true}, Problems: []string{`service "api" does not exist`}}
+	lost := lifecycle.Observation{Problems: []string{"the API server can't be reached"}, Unreachable: true}
+	fine := lifecycle.Observation{Pod: lifecycle.Pod{Known: true}}
+	for name, c := range map[string]struct {
+		seen []lifecycle.Observation
+		code int
+		body string
+	}{
+		"nothing is known yet":          {nil, http.StatusOK, "ok"},
+		"the API server is lost":        {[]lifecycle.Observation{lost}, http.StatusOK, "ok"},
+		"the Service is missing":        {[]lifecycle.Observation{missing}, http.StatusServiceUnavailable, `service "api" does not exist`},
+		"it is there at last":           {[]lifecycle.Observation{missing, fine}, http.StatusOK, "ok"},
+		"it was there once":             {[]lifecycle.Observation{fine, missing}, http.StatusOK, "ok"},
+		"lost before it was ever there": {[]lifecycle.Observation{missing, lost}, http.StatusOK, "ok"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newReadiness()
+				for _, o := range c.seen {
+					r.observed(o)
+				}
+				w := httptest.NewRecorder()
+				r.handler(w, httptest.NewRequest(http.MethodGet, "/readyz", nil))
+				if w.Code != c.code || !strings.Contains(w.Body.String(), c.body) {
+					t.Errorf("%d %s, want %d %s", w.Code, w.Body, c.code, c.body)
+				}
+			})
+		})
 	}
-	url := "http://" + a.servers[0].listener.Addr().String()
-	expect := func(want int, text string) {
-		t.Helper()
-		if code, body := get(t, http.DefaultClient, url+"/readyz"); code != want || !strings.Contains(body, text) {
-			t.Errorf("readyz: %d %s, want %d %s", code, body, want, text)
+}
+
+func TestEarlyProbeWaitsForTheFirstObservation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newReadiness()
+		time.AfterFunc(300*time.Millisecond, func() { r.observed(lifecycle.Observation{Problems: []string{"RBAC lacks it"}}) })
+		w := httptest.NewRecorder()
+		r.handler(w, httptest.NewRequest(http.MethodGet, "/readyz", nil))
+		if w.Code != http.StatusServiceUnavailable {
+			t.Errorf("%d %s, want what the first observation says", w.Code, w.Body)
 		}
-	}
-	expect(http.StatusServiceUnavailable, "hasn't answered")
-	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}, Problems: []string{`service "api" does not exist`}})
-	expect(http.StatusServiceUnavailable, `service "api" does not exist`)
-	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}})
-	expect(http.StatusOK, "ok")
-	a.hook.observed(lifecycle.Observation{Pod: lifecycle.Pod{Known: true}, Problems: []string{"the API server can't be reached"}})
-	expect(http.StatusOK, "ok")
-	if code, _ := get(t, http.DefaultClient, url+"/livez"); code != http.StatusOK {
-		t.Errorf("livez: %d", code)
-	}
+	})
 }
 
 func TestBadListenAddressesAreNamed(t *testing.T) {

@@ -69,7 +69,7 @@ func Build(ctx context.Context) (Programs, error) {
 		{root, bin + "/", "./cmd/..."},
 		{filepath.Join(root, "integration"), filepath.Join(bin, "sample-app"), "./app"},
 	} {
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", b.out, b.pkg)
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", b.out, b.pkg)
 		cmd.Dir, cmd.Env = b.dir, append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return Programs{}, fmt.Errorf("building %s: %w\n%s", b.pkg, err, out)
