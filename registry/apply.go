@@ -135,7 +135,8 @@ func (r *Registrar) commit(ctx context.Context, ifs []clientv3.Cmp, then, otherw
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	r.Counters.Transactions.Add(1)
-	resp, err := r.s.cli.Txn(ctx).If(ifs...).Then(then...).Else(otherwise...).Commit()
+	// A member that has lost the others says so at once, instead of holding the request until it times out.
+	resp, err := r.s.cli.Txn(clientv3.WithRequireLeader(ctx)).If(ifs...).Then(then...).Else(otherwise...).Commit()
 	if err == nil {
 		if resp.Header.Revision < r.s.revision {
 			r.unwatch() // etcd lost its data: the watch waits for a revision that is far off

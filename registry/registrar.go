@@ -248,6 +248,8 @@ func (r *Registrar) Run(ctx context.Context) error {
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
 	var attempts, watches pause
+	// Records that are still in etcd are to be taken over before their lease ends.
+	longest := min(maxBackoff, r.cfg.TTL/3)
 	var last time.Time // attempt
 
 	for {
@@ -268,7 +270,7 @@ func (r *Registrar) Run(ctx context.Context) error {
 				}
 				r.unwatch()
 				r.s.stale = true
-				retry.Reset(watches.next())
+				retry.Reset(watches.next(longest))
 				continue
 			}
 			watches.reset()
@@ -290,7 +292,7 @@ func (r *Registrar) Run(ctx context.Context) error {
 			attempts.reset()
 		} else {
 			r.Counters.Failures.Add(1)
-			retry.Reset(attempts.next())
+			retry.Reset(attempts.next(longest))
 		}
 		last = time.Now()
 	}
@@ -302,9 +304,9 @@ type pause time.Duration
 func (p *pause) reset()      { *p = 0 }
 func (p *pause) fresh() bool { return *p == 0 }
 
-func (p *pause) next() time.Duration {
+func (p *pause) next(longest time.Duration) time.Duration {
 	d := max(time.Duration(*p), firstBackoff)
-	*p = pause(min(2*d, maxBackoff))
+	*p = pause(min(2*d, longest))
 	return d/2 + mrand.N(d)
 }
 
@@ -390,7 +392,7 @@ func (r *Registrar) grant(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	asked := time.Now()
-	resp, err := r.s.cli.Grant(ctx, int64(r.cfg.TTL/time.Second))
+	resp, err := r.s.cli.Grant(clientv3.WithRequireLeader(ctx), int64(r.cfg.TTL/time.Second))
 	if err != nil {
 		return fmt.Errorf("getting a lease: %w", r.unanswered(err))
 	}
@@ -439,6 +441,8 @@ func (r *Registrar) rewatch(keys []string) {
 	events := make(chan event, 16)
 	r.s.stopWatch, r.s.watched, r.s.events = stop, keys, events
 	cli, from := r.s.cli, r.s.revision+1
+	// A member that has lost the others would go on serving a watch on which nothing ever comes.
+	through := clientv3.WithRequireLeader(ctx)
 	for _, key := range keys {
 		go func() {
 			tell := func(ev event) {
@@ -448,7 +452,7 @@ func (r *Registrar) rewatch(keys []string) {
 				}
 			}
 			err := errors.New("ended")
-			for resp := range cli.Watch(ctx, key, clientv3.WithRev(from)) {
+			for resp := range cli.Watch(through, key, clientv3.WithRev(from)) {
 				if resp.Err() != nil {
 					err = resp.Err()
 					break

@@ -42,6 +42,9 @@ func (w *world) use(c *clientv3.Client) {
 	w.t.Helper()
 	w.cli = c
 	w.answers()
+	if w.seen != nil {
+		w.seen.stop()
+	}
 	w.seen = observe(w.t, c)
 }
 
@@ -62,6 +65,7 @@ type observer struct {
 	keys    map[string]*key
 	byHand  map[string]bool // keys that the test itself puts
 	wrong   []string
+	stop    func()        // may be called twice
 	longest time.Duration // gap of a consumer key since mark
 }
 
@@ -82,9 +86,12 @@ func observe(t testing.TB, cli *clientv3.Client) *observer {
 			o.follow(ctx, cli)
 		}
 	}()
-	t.Cleanup(func() {
+	o.stop = func() {
 		cancel()
 		<-done
+	}
+	t.Cleanup(func() {
+		o.stop()
 		for _, w := range o.wrong {
 			t.Error(w)
 		}
@@ -228,6 +235,8 @@ type pod struct {
 	count   int
 	ttl     time.Duration
 	formats string
+
+	passwordFile string
 }
 
 func (w *world) launch(p pod) *registrant {
@@ -247,6 +256,9 @@ func (w *world) launch(p pod) *registrant {
 	}
 	if p.formats != "" {
 		args = append(args, "--formats", p.formats)
+	}
+	if p.passwordFile != "" {
+		args = append(args, "--password-file", p.passwordFile)
 	}
 	r := &registrant{w: w, uids: []string{p.uid}, last: map[string]wire.Line{}, leases: map[string]bool{}}
 	if p.count > 1 {
@@ -297,9 +309,10 @@ func (r *registrant) hear(text []byte) {
 	}
 }
 
-func (r *registrant) say(state string) {
+// say changes what is desired: "online" or "offline", and a cause.
+func (r *registrant) say(desired string) {
 	r.t.Helper()
-	if _, err := io.WriteString(r.stdin, state+"\n"); err != nil {
+	if _, err := io.WriteString(r.stdin, desired+"\n"); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -344,6 +357,15 @@ func (r *registrant) advertised() bool {
 		}
 	}
 	return true
+}
+
+// wrote waits until its ledger record has the cause.
+func (r *registrant) wrote(cause string) {
+	r.t.Helper()
+	eventually(r.t, patience, "the ledger says "+cause, func() bool {
+		rec, err := registry.DecodeRecord(ledger, []byte(r.w.seen.key(ledger).value))
+		return err == nil && rec.Cause == cause
+	})
 }
 
 // register starts a registrant and waits until all is there.

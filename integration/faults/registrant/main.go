@@ -1,7 +1,7 @@
 // Command registrant runs the agent's registrar with instances that its flags describe, without Kubernetes, so that faults
 // can be those of a real process: SIGKILL, SIGSTOP, a restart. etcd is where ETCDCTL_* says.
 //
-//	stdin:  online | offline, one a line: what is desired from now on; it begins online
+//	stdin:  online | offline, and a cause, one pair a line: what is desired from now on; it begins online
 //	stdout: one JSON object a line, see Line
 package main
 
@@ -56,6 +56,7 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 	fs.StringVar(&s.formats, "formats", "grpc,kratos,skydns", "formats of its consumer records")
 	fs.DurationVar(&s.ttl, "ttl", registry.MinTTL, "the lease's TTL")
 	fs.IntVar(&s.count, "count", 1, "so many Pods, told apart by a number after name and UID, with IPs from --ip on")
+	fs.StringVar(&s.conn.PasswordFile, "password-file", "", "file with the etcd user's password")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -76,17 +77,18 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		if all[i], err = s.instance(i, log, say); err != nil {
 			return err
 		}
-		all[i].set(lifecycle.Online)
+		all[i].set(lifecycle.Online, "started")
 		running.Go(func() { all[i].registrar.Run(ctx) }) // it has no error but that of its end
 	}
 	go func() {
 		for lines := bufio.NewScanner(in); lines.Scan(); {
+			name, cause, _ := strings.Cut(lines.Text(), " ")
 			state := lifecycle.Online
-			if lines.Text() == "offline" {
+			if name == "offline" {
 				state = lifecycle.Offline
 			}
 			for _, in := range all {
-				in.set(state)
+				in.set(state, cause)
 			}
 		}
 	}()
@@ -148,9 +150,9 @@ func (s settings) instance(i int, log *zap.Logger, say *printer) (*instance, err
 	return in, err
 }
 
-func (in *instance) set(state lifecycle.State) {
+func (in *instance) set(state lifecycle.State, cause string) {
 	in.registrar.Set(lifecycle.Desired{
-		State: state, Cause: "test", Since: in.pod.Created, Pod: in.pod,
+		State: state, Cause: cause, Since: in.pod.Created, Pod: in.pod,
 		Instances: []lifecycle.Instance{{
 			Service: service, Advertise: state == lifecycle.Online, Addresses: []netip.Addr{in.ip},
 			Ports: []lifecycle.Port{{Name: "http", Number: 8080, Protocol: "TCP"}},
