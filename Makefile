@@ -1,14 +1,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-integration check fmt cluster cluster-down bench clean deps
+.PHONY: help build demo test test-unit test-integration test-conformance test-traefik check fmt cluster cluster-down bench clean deps
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 # gRPC's request tracing, which nothing here shows, is a sixth of the agent's binary.
 TAGS    := grpcnotrace
-MODULES := . integration integration/cluster/pins/kubernetes integration/cluster/pins/etcd tools
-CODE    := . integration
+MODULES := . integration integration/cluster/pins/kubernetes integration/cluster/pins/etcd \
+           integration/conformance integration/conformance/traefik tools
+CODE    := . integration integration/conformance
 LINT    := go tool -modfile=$(CURDIR)/tools/go.mod staticcheck
 
 help: ## Show this list
@@ -20,7 +21,7 @@ build: ## Build bin/usher-agent, bin/usher-prestop and bin/usherctl
 demo: ## Watch a rolling update lose nothing, on a real Kubernetes (root; KEEP=1 leaves the cluster up)
 	@cd integration && go run ./cmd/demo $(if $(KEEP),--keep)
 
-test: test-unit test-integration ## Run every test: unit, on a real etcd, end to end on a real Kubernetes
+test: test-unit test-conformance test-integration ## Run every test but Traefik's: unit, with real readers, on a real etcd, end to end on a real Kubernetes
 
 test-unit: deps ## Run the unit tests
 	go test -race ./...
@@ -28,6 +29,12 @@ test-unit: deps ## Run the unit tests
 test-integration: deps ## Run the tests on a real etcd and, as root, on a real Kubernetes
 	@[ $$(id -u) = 0 ] || echo 'The tests on a real Kubernetes are left out: they need root.'
 	cd integration && go test -race -p 1 -timeout 30m ./...
+
+test-conformance: deps ## Run the tests with the real readers of the record formats, and show how long they lag
+	cd integration/conformance && go test -race -v .
+
+test-traefik: ## Run the tests with a real Traefik (its first build takes 5 to 10 minutes on two cores)
+	cd integration/conformance && go test -v -timeout 30m ./proxy
 
 check: ## Check format, vet, lint, go.mod and the import rules
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
