@@ -1,6 +1,8 @@
 package faults_test
 
 import (
+	"fmt"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -283,21 +285,14 @@ func TestAgentStoppedPastTheTTL(t *testing.T) {
 		stop(w, older)
 		newer := w.register(pod{uid: "uid-2", created: 10})
 		w.seen.mark()
-		revs := map[string]int64{}
-		for _, name := range w.seen.under() {
-			revs[name] = w.seen.key(name).rev
-		}
+		before := w.revisions(newer)
 		f.over()
 		older.signal(syscall.SIGCONT)
 		eventually(t, soon, "the older one says why it doesn't write", func() bool { return older.said("superseded") })
 		older.say("offline once more")
 		older.say("online once more")
 		f.healed(newer) // the older one is not alive: any record of its own is a ghost
-		for name, rev := range revs {
-			if k := w.seen.key(name); k.rev != rev || k.lease != newer.status().Lease {
-				t.Errorf("%s was revision %d, and is %+v", name, rev, k)
-			}
-		}
+		w.untouched(newer, before)
 		if st := older.status(); st.Advertised || len(st.Keys) > 0 {
 			t.Errorf("the older one holds records: %+v", st)
 		}
@@ -317,4 +312,38 @@ func (o *observer) all() map[string]bool {
 		names[name] = true
 	}
 	return names
+}
+
+// The wall clock of the agent steps; its timers and etcd's leases go by the monotonic clock, so nothing may come of it.
+func TestClockStepped(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		t.Skip("left out: the registrant's clock can be stepped on amd64 only")
+	}
+	t.Parallel()
+	w := newWorld(t, 1)
+	r := w.register(pod{})
+	lease := r.status().Lease
+	for i, step := range []time.Duration{time.Hour, -2 * time.Hour} {
+		way := "forward"
+		if step < 0 {
+			way = "back"
+		}
+		f := w.fault(125+i, fmt.Sprintf("agent's wall clock steps %s by %s", way, step.Abs()), atOnce, atOnce)
+		f.note = "by the deleted key alone"
+		r.say(fmt.Sprintf("step %d", int(step.Seconds())))
+		for end := time.Now().Add(ghostAfter); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			if !r.advertised() || r.status().Lease != lease {
+				t.Fatalf("a step of the clock by %s took it out: %+v", step, r.status())
+			}
+		}
+		f.over()
+		w.touched(r, atOnce)
+		f.healed(r)
+		r.mu.Lock()
+		off := time.Until(r.asked[len(r.asked)-1])
+		r.mu.Unlock()
+		if want := []time.Duration{time.Hour, -time.Hour}[i]; (off - want).Abs() > time.Minute {
+			t.Errorf("its clock is off by %s, want %s: this test steps nothing", off, want)
+		}
+	}
 }

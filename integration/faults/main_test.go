@@ -60,7 +60,7 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	registrantBinary = filepath.Join(dir, "registrant")
-	if out, err := exec.Command("go", "build", "-o", registrantBinary, "./registrant").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-tags", "clockstep", "-ldflags", "-checklinkname=0", "-o", registrantBinary, "./registrant").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build the registrant: %v\n%s", err, out)
 		return 1
 	}

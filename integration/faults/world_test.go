@@ -219,15 +219,15 @@ type registrant struct {
 	stdin io.Writer
 	uids  []string
 
-	mu     sync.Mutex
-	last   map[string]wire.Line // by UID
-	errs   []string
-	asked  []time.Time // when etcd had answered a request
-	leases map[string]bool
+	mu    sync.Mutex
+	last  map[string]wire.Line // by UID
+	errs  []string
+	asked []time.Time // when etcd had answered a request
 }
 
 // pod says what a registrant registers; the zero value is the usual one.
 type pod struct {
+	cluster string // default test
 	name    string // default api-0
 	uid     string // default uid-0
 	ip      string
@@ -248,6 +248,9 @@ func (w *world) launch(p pod) *registrant {
 	if p.ttl != 0 {
 		args = append(args, "--ttl", p.ttl.String())
 	}
+	if p.cluster != "" {
+		args = append(args, "--cluster", p.cluster)
+	}
 	if p.name != "" {
 		args = append(args, "--pod", p.name)
 	}
@@ -260,7 +263,7 @@ func (w *world) launch(p pod) *registrant {
 	if p.passwordFile != "" {
 		args = append(args, "--password-file", p.passwordFile)
 	}
-	r := &registrant{w: w, uids: []string{p.uid}, last: map[string]wire.Line{}, leases: map[string]bool{}}
+	r := &registrant{w: w, uids: []string{p.uid}, last: map[string]wire.Line{}}
 	if p.count > 1 {
 		args = append(args, "--count", strconv.Itoa(p.count))
 		r.uids = nil
@@ -301,9 +304,6 @@ func (r *registrant) hear(text []byte) {
 		return
 	}
 	r.last[l.UID] = l
-	if l.Lease != "" {
-		r.leases[l.Lease] = true
-	}
 	if l.Err != "" {
 		r.errs = append(r.errs, l.Err)
 	}

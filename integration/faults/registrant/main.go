@@ -2,6 +2,7 @@
 // can be those of a real process: SIGKILL, SIGSTOP, a restart. etcd is where ETCDCTL_* says.
 //
 //	stdin:  online | offline, and a cause, one pair a line: what is desired from now on; it begins online
+//	        step SECONDS: the wall clock of this process moves
 //	stdout: one JSON object a line, see Line
 package main
 
@@ -15,6 +16,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,16 +41,17 @@ func main() {
 }
 
 type settings struct {
-	pod, uid, ip, formats string
-	created               int
-	ttl                   time.Duration
-	count                 int
-	conn                  registry.Connection
+	cluster, pod, uid, ip, formats string
+	created                        int
+	ttl                            time.Duration
+	count                          int
+	conn                           registry.Connection
 }
 
 func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error {
 	var s settings
 	fs := flag.NewFlagSet("registrant", flag.ContinueOnError)
+	fs.StringVar(&s.cluster, "cluster", "test", "name of the Kubernetes cluster")
 	fs.StringVar(&s.pod, "pod", "api-0", "name of the Pod")
 	fs.StringVar(&s.uid, "uid", "uid-0", "its UID")
 	fs.StringVar(&s.ip, "ip", "10.0.0.1", "its IP")
@@ -84,8 +87,18 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		for lines := bufio.NewScanner(in); lines.Scan(); {
 			name, cause, _ := strings.Cut(lines.Text(), " ")
 			state := lifecycle.Online
-			if name == "offline" {
+			switch name {
+			case "offline":
 				state = lifecycle.Offline
+			case "step":
+				seconds, err := strconv.ParseInt(cause, 10, 64)
+				if err == nil {
+					err = stepClock(seconds)
+				}
+				if err != nil {
+					log.Fatal("stepping the clock", zap.Error(err))
+				}
+				continue
 			}
 			for _, in := range all {
 				in.set(state, cause)
@@ -102,7 +115,7 @@ type instance struct {
 	ip        netip.Addr
 }
 
-const cluster, namespace, service = "test", "shop", "api"
+const namespace, service = "shop", "api"
 
 func (s settings) instance(i int, log *zap.Logger, say *printer) (*instance, error) {
 	suffix := ""
@@ -133,7 +146,7 @@ func (s settings) instance(i int, log *zap.Logger, say *printer) (*instance, err
 		Created: time.Date(2026, 3, 1, 12, 0, s.created, 0, time.UTC),
 	}}
 	in.registrar, err = registry.New(registry.Config{
-		Cluster: cluster, Namespace: namespace, Pod: in.pod.Name, PodUID: in.pod.UID, TTL: s.ttl,
+		Cluster: s.cluster, Namespace: namespace, Pod: in.pod.Name, PodUID: in.pod.UID, TTL: s.ttl,
 		Formats: map[string][]registry.NamedFormat{service: formats},
 		Dial: func() (*clientv3.Client, error) {
 			c, err := s.conn.Dial(log.Named("etcd"))
