@@ -36,6 +36,9 @@ test-conformance: deps ## Run the tests with the real readers of the record form
 test-traefik: ## Run the tests with a real Traefik (its first build takes 5 to 10 minutes on two cores)
 	cd integration/conformance && go test -v -timeout 30m ./proxy
 
+test-faults: deps ## Run the faults of etcd, network, credentials and agent that test-integration runs too, and print their table
+	cd integration/faults && go test -race -count 1 -timeout 20m
+
 check: ## Check format, vet, lint, go.mod and the import rules
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
 	@for m in $(CODE); do echo "vet and lint: $$m"; (cd $$m && go vet ./... && $(LINT) ./...); done

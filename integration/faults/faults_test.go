@@ -328,7 +328,7 @@ func TestClockStepped(t *testing.T) {
 		if step < 0 {
 			way = "back"
 		}
-		f := w.fault(125+i, fmt.Sprintf("agent's wall clock steps %s by %s", way, step.Abs()), atOnce, atOnce)
+		f := w.fault(125+i, fmt.Sprintf("agent's wall clock steps %s by %g h", way, step.Abs().Hours()), atOnce, atOnce)
 		f.note = "by the deleted key alone"
 		r.say(fmt.Sprintf("step %d", int(step.Seconds())))
 		for end := time.Now().Add(ghostAfter); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
