@@ -244,7 +244,7 @@ func (w *World) step(t *testing.T, act func(), before, now []*pod, kind kind) {
 			}
 		}
 		wg.Go(func() {
-			if len(before) == 0 && r.KeepsNone {
+			if len(before) == 0 && r.KeepsNone || len(now) == 0 && r.KeepsLast {
 				<-written
 			}
 			limit := patience
