@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-integration test-conformance test-traefik check fmt cluster cluster-down bench clean deps
+.PHONY: help build demo test test-unit test-integration test-faults test-conformance test-traefik check fmt cluster cluster-down bench clean deps
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)

@@ -167,6 +167,7 @@ func settings() []setting {
 		}},
 		{flag: "etcd-user", arg: "NAME", usage: "etcd user", set: text(func(c *config) *string { return &c.Etcd.User })},
 		{flag: "etcd-password", envOnly: true, usage: "etcd user's password", set: text(func(c *config) *string { return &c.Etcd.Password })},
+		{flag: "etcd-password-file", arg: "FILE", usage: "file with the password instead; read on every login, so that it can be changed while the agent runs", set: text(func(c *config) *string { return &c.Etcd.PasswordFile })},
 		{flag: "lease-ttl", arg: "DURATION", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
 
 		{group: "Listeners", flag: "hook-address", arg: "ADDRESS", def: api.DefaultHookAddress, usage: "preStop hook, probes and metrics", set: text(func(c *config) *string { return &c.HookAddress })},
