@@ -22,7 +22,8 @@ const renewAgain = 500 * time.Millisecond
 // in again where etcd has users.
 func (r *Registrar) renew(ctx context.Context, cli *clientv3.Client, id clientv3.LeaseID, granted time.Time) {
 	expires := granted.Add(r.cfg.TTL)
-	pause := r.cfg.TTL / 3
+	// From the sending on, so that an etcd that takes long to answer has two thirds of the TTL for it.
+	pause := r.cfg.TTL/3 - time.Since(granted)
 	var stream *renewal
 	defer func() { stream.close() }()
 	failing := false
@@ -46,7 +47,7 @@ func (r *Registrar) renew(ctx context.Context, cli *clientv3.Client, id clientv3
 			return
 		case err == nil:
 			r.Counters.Renewals.Add(1)
-			expires, pause, failing = sent.Add(r.cfg.TTL), r.cfg.TTL/3, false
+			expires, pause, failing = sent.Add(r.cfg.TTL), r.cfg.TTL/3-time.Since(sent), false
 		default:
 			stream.close()
 			stream = nil

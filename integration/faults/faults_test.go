@@ -200,7 +200,7 @@ func TestNoSpace(t *testing.T) {
 	})
 }
 
-// Each request takes 2 s. The TTL must leave room for a renewal that takes as long: a third of it, and 2 s.
+// Each request takes 2 s. The TTL must leave room for a renewal that takes as long: two thirds of it.
 func TestSlowEtcd(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 1)
@@ -340,7 +340,7 @@ func TestClockStepped(t *testing.T) {
 		w.touched(r, atOnce)
 		f.healed(r)
 		r.mu.Lock()
-		off := time.Until(r.asked[len(r.asked)-1])
+		off := time.Until(r.asked[len(r.asked)-1].At)
 		r.mu.Unlock()
 		if want := []time.Duration{time.Hour, -time.Hour}[i]; (off - want).Abs() > time.Minute {
 			t.Errorf("its clock is off by %s, want %s: this test steps nothing", off, want)

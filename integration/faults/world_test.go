@@ -222,7 +222,7 @@ type registrant struct {
 	mu    sync.Mutex
 	last  map[string]wire.Line // by UID
 	errs  []string
-	asked []time.Time // when etcd had answered a request
+	asked []wire.Line // requests that etcd answered
 }
 
 // pod says what a registrant registers; the zero value is the usual one.
@@ -300,7 +300,7 @@ func (r *registrant) hear(text []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if l.Request != "" {
-		r.asked = append(r.asked, l.At)
+		r.asked = append(r.asked, l)
 		return
 	}
 	r.last[l.UID] = l
