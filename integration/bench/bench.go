@@ -8,7 +8,9 @@
 // Raw and ours are taken in turns, against the same processes, so that whatever disturbs the machine disturbs both. The
 // API server, etcd (with fsync), the agent and usher-prestop are the real programs; an EndpointSlice and a Pod's status are
 // written by the bench itself, since it has to know when. What a sidecar costs is measured in pods that the kubelet runs
-// from the example manifest.
+// from the example manifest. What registrations cost etcd is measured on one more etcd, which has nothing else to do:
+//
+//	bench (registrars, renewals) ---------> etcd (CPU, RSS, size; killed and started again)
 package bench
 
 import (
@@ -26,9 +28,21 @@ import (
 	"usher.dev/usher/integration/stack"
 )
 
+// Parts of the report, for Config.Only.
+const (
+	Latency  = "latency"  // from an endpoint's change, or a hook call, until a watcher of etcd knows
+	Sidecars = "sidecars" // programs and processes
+	Registry = "registry" // what it costs etcd; needs no Kubernetes
+)
+
 // Config of Run.
 type Config struct {
+	// Only measures one part; empty: all.
+	Only string
+	// Stack may be nil when Only is Registry.
 	Stack *stack.Stack
+	// Etcd is the path of the program.
+	Etcd string
 	// Rounds is how many times each transition is measured.
 	Rounds int
 	// Agents is how many pods with a sidecar are looked at.
@@ -39,12 +53,32 @@ type Config struct {
 	Progress io.Writer
 }
 
-// Run measures everything, in a namespace of its own that it removes.
-func Run(ctx context.Context, cfg Config) (_ Report, err error) {
+// Wants says whether a part is measured.
+func (c Config) Wants(part string) bool { return c.Only == "" || c.Only == part }
+
+// Run measures what cfg wants.
+func Run(ctx context.Context, cfg Config) (Report, error) {
 	say := func(format string, args ...any) { fmt.Fprintf(cfg.Progress, format+"\n", args...) }
+	var r Report
+	if cfg.Wants(Latency) || cfg.Wants(Sidecars) {
+		if err := onKubernetes(ctx, cfg, say, &r); err != nil {
+			return Report{}, err
+		}
+	}
+	if cfg.Wants(Registry) {
+		if err := etcdCosts(ctx, cfg.Etcd, say, &r); err != nil {
+			return Report{}, err
+		}
+	}
+	r.Notes = append(r.Notes, machine())
+	return r, nil
+}
+
+// onKubernetes measures latencies and sidecars, in a namespace of its own that it removes.
+func onKubernetes(ctx context.Context, cfg Config, say func(string, ...any), r *Report) (err error) {
 	namespace := fmt.Sprintf("usher-bench-%d", os.Getpid())
 	if err := cfg.Stack.Namespace(ctx, namespace); err != nil {
-		return Report{}, err
+		return err
 	}
 	defer func() {
 		if rerr := removeNamespace(context.WithoutCancel(ctx), cfg.Stack, namespace); rerr != nil && err == nil {
@@ -52,58 +86,81 @@ func Run(ctx context.Context, cfg Config) (_ Report, err error) {
 		}
 	}()
 
-	say("starting %d pods with a sidecar", cfg.Agents)
-	pods, err := startSidecars(ctx, cfg.Stack, namespace, cfg.Agents)
-	if err != nil {
-		return Report{}, err
-	}
+	var pods []int
 	started := time.Now()
-
+	if cfg.Wants(Sidecars) {
+		say("starting %d pods with a sidecar", cfg.Agents)
+		if pods, err = startSidecars(ctx, cfg.Stack, namespace, cfg.Agents); err != nil {
+			return err
+		}
+		started = time.Now()
+	}
 	l, err := newLatency(ctx, cfg.Stack, namespace)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 	defer l.close()
+	if cfg.Wants(Latency) {
+		if err := latencies(ctx, cfg, l, say, r); err != nil {
+			return err
+		}
+	}
+	if cfg.Wants(Sidecars) {
+		if err := sidecars(ctx, cfg, pods, started, l, say, r); err != nil {
+			return err
+		}
+	}
+	return l.close()
+}
+
+func latencies(ctx context.Context, cfg Config, l *latency, say func(string, ...any), r *Report) error {
 	say("measuring %d changes of readiness each way", cfg.Rounds)
 	ready, err := l.readiness(ctx, cfg.Rounds)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 	say("measuring %d hook calls", cfg.Rounds)
 	hook, err := l.hook(ctx, cfg.Rounds)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
+	r.Rows = append(r.Rows, ready.rows()...)
+	r.Rows = append(r.Rows, hook.rows()...)
+	r.Notes = append(r.Notes,
+		fmt.Sprintf("Latencies: %d transitions each, raw and ours in turns. Raw, ready: an EndpointSlice update until a client-go watch (protobuf) has it, plus a bare etcd put "+
+			"until an etcd watch has it; ours: the same update until an etcd watch has the record that the agent wrote. Raw, hook: a bare etcd delete until the watch has it; "+
+			"ours: from before the HTTP call, on a new connection, until the watch has the deletion. Rounds are quick because that agent's settle time, quiet period and "+
+			"sample interval are 10, 20 and 10 ms; all of these come after the deletion.", cfg.Rounds),
+		"The put and the delete of the targets are the simplest that etcd has. Usher's write is a transaction: it compares two revisions (the fence), puts or deletes the record and "+
+			"puts the ledger record, under a lease. The rows \"beside Usher's own transaction as raw\" have that one, sent by the bench, in the place of the put or delete.",
+	)
+	return nil
+}
 
+// sidecars looks at the agents of pods, and at that of l, which no kubelet probes.
+func sidecars(ctx context.Context, cfg Config, pods []int, started time.Time, l *latency, say func(string, ...any), r *Report) error {
 	say("measuring %d starts of usher-prestop", cfg.Rounds)
 	prestop, err := prestopStart(ctx, cfg.Stack.Programs.Prestop, cfg.Rounds)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 
 	say("leaving %d sidecars idle for %s", cfg.Agents, cfg.Idle)
 	costs, err := idle(ctx, append(pods, l.agent.Process.Pid), cfg.Idle)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 	age := time.Since(started)
-	if err := l.close(); err != nil {
-		return Report{}, err
-	}
 	cost, unprobed := costs[:len(pods)], costs[len(pods)]
 
 	agentSize, err := size(cfg.Stack.Programs.Agent)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 	prestopSize, err := size(cfg.Stack.Programs.Prestop)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
-
-	var r Report
-	r.Rows = append(r.Rows, ready.rows()...)
-	r.Rows = append(r.Rows, hook.rows()...)
 	r.Rows = append(r.Rows,
 		Row{Figure: "usher-agent: binary", Unit: Bytes, Ours: one(agentSize), Target: 30e6},
 		Row{Figure: "usher-agent: RSS, idle and registered", Unit: Bytes, Ours: rss(cost), Target: 28e6},
@@ -113,19 +170,12 @@ func Run(ctx context.Context, cfg Config) (_ Report, err error) {
 		Row{Figure: "usher-prestop: binary", Unit: Bytes, Ours: one(prestopSize), Target: 7e6},
 		Row{Figure: "usher-prestop: start to request arrived", Unit: Seconds, Ours: durations(prestop), Target: 0.010},
 	)
-	r.Notes = []string{
-		fmt.Sprintf("Latencies: %d transitions each, raw and ours in turns. Raw, ready: an EndpointSlice update until a client-go watch (protobuf) has it, plus a bare etcd put "+
-			"until an etcd watch has it; ours: the same update until an etcd watch has the record that the agent wrote. Raw, hook: a bare etcd delete until the watch has it; "+
-			"ours: from before the HTTP call, on a new connection, until the watch has the deletion. Rounds are quick because that agent's settle time, quiet period and "+
-			"sample interval are 10, 20 and 10 ms; all of these come after the deletion.", cfg.Rounds),
-		"The put and the delete of the targets are the simplest that etcd has. Usher's write is a transaction: it compares two revisions (the fence), puts or deletes the record and " +
-			"puts the ledger record, under a lease. The rows \"beside Usher's own transaction as raw\" have that one, sent by the bench, in the place of the put or delete.",
+	r.Notes = append(r.Notes,
 		fmt.Sprintf("Sidecars: %d pods of the example manifest, probed by the kubelet, without traffic, %s after their start; CPU over the last %s, all threads. "+
 			"Only anonymous memory is each pod's own: the rest of the RSS is the binary in the page cache, shared by all pods of a node. MB are 10^6 bytes.",
 			cfg.Agents, age.Round(time.Second), cfg.Idle),
-		machine(),
-	}
-	return r, nil
+	)
+	return nil
 }
 
 func size(path string) (float64, error) {
@@ -151,7 +201,7 @@ func machine() string {
 		return "unknown"
 	}
 	load, _, _ := strings.Cut(first("/proc/loadavg", ""), " ")
-	return fmt.Sprintf("Machine: %d cores (%s), Linux %s, %s, everything on it: Kubernetes, both etcd with fsync, agents, bench. Load average at the end: %s.",
+	return fmt.Sprintf("Machine: %d cores (%s), Linux %s, %s; all that takes part runs on it, etcd with fsync. Load average at the end: %s.",
 		runtime.NumCPU(), first("/proc/cpuinfo", "model name"), first("/proc/sys/kernel/osrelease", ""), runtime.Version(), load)
 }
 

@@ -50,6 +50,8 @@ const (
 	Seconds Unit = iota // shown as milliseconds
 	Bytes               // shown as MB, of 10^6 bytes
 	Share               // of one core, shown as per cent
+	Octets              // bytes where MB are too much
+	Count
 )
 
 func (u Unit) format(v float64) string {
@@ -58,6 +60,10 @@ func (u Unit) format(v float64) string {
 		return fmt.Sprintf("%.2f ms", v*1000)
 	case Bytes:
 		return fmt.Sprintf("%.1f MB", v/1e6)
+	case Octets:
+		return fmt.Sprintf("%.0f B", v)
+	case Count:
+		return fmt.Sprintf("%.0f", v)
 	default:
 		return fmt.Sprintf("%.3f %%", v*100)
 	}

@@ -111,3 +111,17 @@ func TestOwnProcessCanBeMeasured(t *testing.T) {
 		t.Errorf("rss %d, anonymous %d, %v", rss, anon, err)
 	}
 }
+
+func TestUnitsAreShownAsPeopleReadThem(t *testing.T) {
+	for _, c := range []struct {
+		unit  Unit
+		value float64
+		want  string
+	}{
+		{Seconds, 0.0123, "12.30 ms"}, {Bytes, 31e6, "31.0 MB"}, {Share, 0.5, "50.000 %"}, {Octets, 1234, "1234 B"}, {Count, 7, "7"},
+	} {
+		if got := c.unit.format(c.value); got != c.want {
+			t.Errorf("unit %d: got %q, want %q", c.unit, got, c.want)
+		}
+	}
+}

@@ -14,20 +14,24 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
 	"usher.dev/usher/integration/bench"
+	"usher.dev/usher/integration/cluster"
 	"usher.dev/usher/integration/stack"
 )
 
-const usage = `Measures Usher on a real Kubernetes and a real etcd, next to what the bare API server and etcd take, and prints a
-table. Needs root. It uses the cluster that is up, or brings one up and takes it down again. Other load on the machine
-shows in the figures.
+const usage = `Measures Usher on a real Kubernetes and a real etcd, next to what the bare API server and etcd take, and what
+registrations cost an etcd of their own, and prints a table. Needs root. It uses the cluster that is up, or brings one up
+and takes it down again. Other load on the machine shows in the figures.
 
 Usage: bench [flags]
 
   -o FORMAT        table or markdown (default table)
+  --only PART      latency, sidecars or registry (what it costs etcd; needs neither root nor a cluster); default all
   --rounds N       how many times each transition is measured, at least 200 (default 250)
   --agents N       how many pods with a sidecar are looked at (default 5)
   --idle DURATION  how long their CPU time is counted, at least 10s (default 1m)
@@ -69,6 +73,7 @@ func parse(args []string) (options, error) {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&o.format, "o", "table", "")
+	fs.StringVar(&o.Only, "only", "", "")
 	fs.IntVar(&o.Rounds, "rounds", 250, "")
 	fs.IntVar(&o.Agents, "agents", 5, "")
 	fs.DurationVar(&o.Idle, "idle", time.Minute, "")
@@ -81,6 +86,8 @@ func parse(args []string) (options, error) {
 		return o, fmt.Errorf("argument %q: want flags only", fs.Arg(0))
 	case o.format != "table" && o.format != "markdown":
 		return o, fmt.Errorf("-o is %q: want table or markdown", o.format)
+	case !slices.Contains([]string{"", bench.Latency, bench.Sidecars, bench.Registry}, o.Only):
+		return o, fmt.Errorf("--only is %q: want latency, sidecars or registry", o.Only)
 	case o.Rounds < 200:
 		return o, fmt.Errorf("--rounds is %d: want at least 200, or the p99 says little", o.Rounds)
 	case o.Agents < 1 || o.Agents > 20:
@@ -93,16 +100,22 @@ func parse(args []string) (options, error) {
 
 // run prints the report to out, and returns how many targets are missed.
 func run(ctx context.Context, o options, out, progress io.Writer) (missed int, err error) {
-	s, err := stack.Up(ctx, stack.Config{Progress: progress})
+	o.Progress = progress
+	binaries, err := cluster.Build(ctx, progress)
 	if err != nil {
 		return 0, err
 	}
-	defer func() {
-		if derr := s.Down(context.WithoutCancel(ctx)); derr != nil && err == nil {
-			err = derr
+	o.Etcd = filepath.Join(binaries.Dir, cluster.Etcd)
+	if o.Only != bench.Registry {
+		if o.Stack, err = stack.Up(ctx, stack.Config{Progress: progress}); err != nil {
+			return 0, err
 		}
-	}()
-	o.Stack, o.Progress = s, progress
+		defer func() {
+			if derr := o.Stack.Down(context.WithoutCancel(ctx)); derr != nil && err == nil {
+				err = derr
+			}
+		}()
+	}
 	report, err := bench.Run(ctx, o.Config)
 	if err != nil {
 		return 0, err

@@ -10,7 +10,7 @@ import (
 
 func TestDefaultsMeasureWhatTheTableNeeds(t *testing.T) {
 	o, err := parse(nil)
-	if err != nil || o.Rounds < 200 || o.Agents < 2 || o.Idle < time.Minute || o.format != "table" || o.strict {
+	if err != nil || o.Rounds < 200 || o.Agents < 2 || o.Idle < time.Minute || o.Only != "" || o.format != "table" || o.strict {
 		t.Errorf("%+v, %v", o, err)
 	}
 }
@@ -18,6 +18,7 @@ func TestDefaultsMeasureWhatTheTableNeeds(t *testing.T) {
 func TestBadFlagIsNamedWithWhatWouldBeRight(t *testing.T) {
 	for args, want := range map[string]string{
 		"-o json":     `-o is "json": want table or markdown`,
+		"--only etcd": `--only is "etcd": want latency, sidecars or registry`,
 		"--rounds 10": "--rounds is 10: want at least 200",
 		"--agents 0":  "--agents is 0: want 1 to 20",
 		"--idle 1s":   "--idle is 1s: want at least 10s",
