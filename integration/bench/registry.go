@@ -355,7 +355,8 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// keepers renew leases as the registrar does: one stream for each, a third of the TTL after the last answer.
+// keepers renew leases as the registrar does: one stream for each, a third of the TTL after the last one was
+// sent.
 type keepers struct {
 	ctx      context.Context
 	stop     context.CancelCauseFunc
@@ -402,12 +403,14 @@ func (k *keepers) add(e *etcd, n int) error {
 			}
 			k.wg.Go(func() {
 				// Agents start at any time.
-				for next := rand.N(renewEvery); pause(k.ctx, next) == nil; next = renewEvery {
+				for next := rand.N(renewEvery); pause(k.ctx, next) == nil; {
+					sent := time.Now()
 					if err := renew(stream, int64(lease.ID)); err != nil {
 						k.stop(err) // of no consequence when k was stopped before
 						return
 					}
 					k.renewals.Add(1)
+					next = renewEvery - time.Since(sent)
 				}
 			})
 		}
