@@ -14,6 +14,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc/connectivity"
 
 	"usher.dev/usher/lifecycle"
 	"usher.dev/usher/registry/format"
@@ -389,6 +390,9 @@ func (r *Registrar) publish(err error) {
 
 // grant gets a lease and keeps it alive.
 func (r *Registrar) grant(ctx context.Context) error {
+	if err := r.returnLate(ctx); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	asked := time.Now()
@@ -407,6 +411,34 @@ func (r *Registrar) grant(ctx context.Context) error {
 	r.s.leases[resp.ID] = true
 	r.Counters.LeasesGranted.Add(1)
 	r.log.Debug("lease granted", zap.Stringer("lease", LeaseID(resp.ID)), zap.Duration("ttl", r.cfg.TTL))
+	return nil
+}
+
+// returnLate is for an agent that had a lease and lost it together with the connection: it waits until etcd is there
+// again, and then at random for up to lostLeaseSpread, so that not all agents that one outage hit return at once. News of
+// what is desired ends that wait.
+func (r *Registrar) returnLate(ctx context.Context) error {
+	conn := r.s.cli.ActiveConnection()
+	if len(r.s.leases) == 0 || conn.GetState() == connectivity.Ready {
+		return nil
+	}
+	ready, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	conn.Connect()
+	for s := conn.GetState(); s != connectivity.Ready; s = conn.GetState() {
+		if !conn.WaitForStateChange(ready, s) {
+			return fmt.Errorf("getting a lease: %w", r.unanswered(ready.Err()))
+		}
+	}
+	select {
+	case <-time.After(mrand.N(lostLeaseSpread)):
+	case <-r.wake:
+		select {
+		case r.wake <- struct{}{}: // for Run, which takes it next
+		default:
+		}
+	case <-ctx.Done():
+	}
 	return nil
 }
 
