@@ -294,6 +294,8 @@ func TestAPIServerLost(t *testing.T) {
 	slow := ends.request(6 * time.Second)
 	deleted := ends.delete(0)
 	ends.withdrawn(deleted)
+	// The agent may hear of the deletion before the kubelet, which needs the API server to hear of it too.
+	ends.logged(agentName, "hook call")
 	if err := sp.s.Kill(sp.ctx, cluster.APIServer); err != nil {
 		t.Fatal(err)
 	}

@@ -166,11 +166,16 @@ func (s *Stack) Namespace(ctx context.Context, name string) error {
 	if err := s.Apply(ctx, name, rbac); err != nil {
 		return err
 	}
-	// Pods are refused until the namespace's default service account is there.
-	return wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, 10*time.Second, true, func(ctx context.Context) (bool, error) {
+	// Pods are refused until the namespace's default service account is there. The controller that makes it looks again
+	// after up to half a minute when the API server has been away.
+	err = wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, time.Minute, true, func(ctx context.Context) (bool, error) {
 		_, err := s.Client.CoreV1().ServiceAccounts(name).Get(ctx, "default", metav1.GetOptions{})
 		return err == nil, nil
 	})
+	if err != nil {
+		return fmt.Errorf("waiting for the default service account of namespace %s: %w", name, err)
+	}
+	return nil
 }
 
 // Example is a manifest of deploy/example, as it stands.
