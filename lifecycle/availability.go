@@ -48,3 +48,20 @@ func (a Availability) Refusing() (cause string, refusing bool) {
 	}
 	return "", false
 }
+
+// Hold keeps an instance offline for the sake of an operator. It is immutable once handed over.
+type Hold struct {
+	Reason  string
+	Actor   string // "" when nobody says who
+	Since   time.Time
+	Expires time.Time
+}
+
+// String is the hold in one sentence.
+func (h Hold) String() string {
+	by := ""
+	if h.Actor != "" {
+		by = " by " + h.Actor
+	}
+	return "held" + by + ": " + h.Reason
+}

@@ -14,6 +14,9 @@ const DefaultGrace = 30 * time.Second
 type Budget struct {
 	// Withdraw bounds the wait for the registry before settling begins; retries go on behind it. Default 2 s.
 	Withdraw time.Duration
+	// Guard bounds how long a withdrawal is held back while too few other instances are there; half of the time until the
+	// release does too. Default 10 s.
+	Guard time.Duration
 	// Settle is how long consumers take to learn of a withdrawal. Default 1 s.
 	Settle time.Duration
 	// Reserve is what the application keeps of the grace for its own shutdown, at most a third of it. Default 5 s.
@@ -22,7 +25,7 @@ type Budget struct {
 
 // DefaultBudget is for readers that watch etcd.
 func DefaultBudget() Budget {
-	return Budget{Withdraw: 2 * time.Second, Settle: time.Second, Reserve: 5 * time.Second}
+	return Budget{Guard: 10 * time.Second, Withdraw: 2 * time.Second, Settle: time.Second, Reserve: 5 * time.Second}
 }
 
 // Validate refuses numbers that make no sense in any pod.
@@ -31,7 +34,7 @@ func (b Budget) Validate() error {
 		name  string
 		value time.Duration
 		zero  bool
-	}{{"withdraw", b.Withdraw, false}, {"settle", b.Settle, true}, {"reserve", b.Reserve, true}} {
+	}{{"min-available-timeout", b.Guard, true}, {"withdraw", b.Withdraw, false}, {"settle", b.Settle, true}, {"reserve", b.Reserve, true}} {
 		if f.value < 0 || f.value == 0 && !f.zero {
 			want := "a duration above zero, such as 1s"
 			if f.zero {

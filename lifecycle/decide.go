@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -10,6 +11,7 @@ type Phase int
 
 const (
 	NotStopping  Phase = iota
+	StopGuarded        // under way, and still advertised for the sake of the service
 	StopUnderWay       // withdrawn or about to be, requests in flight are waited for
 	StopReleased       // SIGTERM may proceed
 	StopForGood        // and has reached the agent: no way back online
@@ -18,9 +20,11 @@ const (
 // Inputs are all that Decide looks at.
 type Inputs struct {
 	Observation
-	Phase     Phase
-	StopCause string // what began the shutdown that Phase is of
-	WasOnline bool   // tells Offline from Pending
+	Availability Availability
+	Hold         *Hold // nil without one
+	Phase        Phase
+	StopCause    string // what began the shutdown that Phase is of
+	WasOnline    bool   // tells Offline from Pending
 }
 
 // Decision is what should be, and why.
@@ -43,6 +47,8 @@ func Decide(in Inputs) Decision {
 	case StopForGood:
 		d.State, d.Cause = Stopped, CauseSignal
 		return d
+	case StopGuarded:
+		in.guard()
 	}
 	switch {
 	case !in.Pod.Known: // the registry's fence needs the Pod's creation time
@@ -50,6 +56,14 @@ func Decide(in Inputs) Decision {
 		return d
 	case in.Pod.Gone:
 		d.State, d.Cause = offline(in.WasOnline), "own Pod is gone"
+		return d
+	}
+	if in.Hold != nil {
+		d.State, d.Cause = offline(in.WasOnline), in.Hold.String()
+		return d
+	}
+	if cause, refusing := in.Availability.Refusing(); refusing {
+		d.State, d.Cause = offline(in.WasOnline), cause
 		return d
 	}
 	var up, down []string
@@ -66,13 +80,28 @@ func Decide(in Inputs) Decision {
 			up = append(up, fmt.Sprintf("endpoint ready in service %s", e.Service))
 		}
 	}
-	if len(up) > 0 {
+	switch {
+	case len(up) > 0 && in.Phase == StopGuarded:
+		d.State, d.Cause = Online, in.StopCause+", waiting for other instances"
+	case len(up) > 0:
 		d.State, d.Cause = Online, strings.Join(append(up, down...), ", ")
-	} else {
+	default:
 		d.State, d.Cause = offline(in.WasOnline), strings.Join(down, ", ")
 	}
 	return d
 }
+
+// guard makes the endpoints count as what they are for whoever has their address: a terminating endpoint is never ready,
+// and serving as long as the application says that it is.
+func (in *Inputs) guard() {
+	in.Endpoints = slices.Clone(in.Endpoints)
+	for i := range in.Endpoints {
+		e := &in.Endpoints[i]
+		e.Ready, e.Terminating = e.Ready || e.Serving, false
+	}
+}
+
+func (d Decision) advertised() bool { return slices.Contains(d.Advertise, true) }
 
 func offline(wasOnline bool) State {
 	if wasOnline {

@@ -52,3 +52,16 @@ type Drainer interface {
 	// ctx ends.
 	Wait(ctx context.Context, settled time.Time) DrainResult
 }
+
+// Guard knows whether the service can do without this instance.
+type Guard interface {
+	// Wait returns once enough other instances are there. When ctx ends first, the error says how many there were.
+	Wait(ctx context.Context) error
+}
+
+// Announcer tells the application what is decided about it.
+type Announcer interface {
+	// Announced waits until all that was decided so far has been told. When ctx ends first, the error says who has not
+	// been told.
+	Announced(ctx context.Context) error
+}

@@ -26,7 +26,14 @@ var (
 	// ErrBudget says that the settings don't fit the pod's grace period. Run returns it.
 	ErrBudget = errors.New("budget does not fit the pod")
 	errEnded  = errors.New("the agent has stopped")
+	// errNothingToGuard ends a guard's wait for an instance that consumers should not find anyway.
+	errNothingToGuard = errors.New("the instance no longer serves")
 )
+
+// forced is the cause of a shutdown's context that somebody ended.
+type forced string
+
+func (f forced) Error() string { return "forced: " + string(f) }
 
 // errDeadline ends a drain that is out of time. It is context.DeadlineExceeded to whoever asks: the timer behind it can be
 // moved, which a context's own deadline can't.
@@ -44,6 +51,13 @@ type Config struct {
 	Budget    Budget
 	// Quiet is the Drainer's quiet period, which the pod's grace has to have room for.
 	Quiet time.Duration
+	// Guard holds a shutdown's withdrawal back while the others are too few; nil: nothing does.
+	Guard Guard
+	// Announcer tells the application what is decided; nil: nobody is told. A release waits for it, at most as long as
+	// for the registry.
+	Announcer Announcer
+	// OnHold is told of every hold, and with nil of its end.
+	OnHold func(*Hold)
 	// OnTransition is told of every change of state.
 	OnTransition func(Transition)
 	Logger       *zap.Logger
@@ -66,9 +80,12 @@ type Status struct {
 	Cause       string
 	Deadline    time.Time // of the release under way; zero without one
 	Observation Observation
-	Registry    RegistryStatus
-	Verdict     *Verdict // the last shutdown's
-	Trail       []Transition
+	// Availability is what the application and its probes say of it.
+	Availability Availability
+	Hold         *Hold // nil without one
+	Registry     RegistryStatus
+	Verdict      *Verdict // the last shutdown's
+	Trail        []Transition
 }
 
 // Machine is the state machine of one instance.
@@ -86,11 +103,14 @@ type Machine struct {
 	// Of Run's goroutine only.
 	ctx          context.Context
 	obs          Observation
+	availability Availability
+	hold         *Hold
 	registry     RegistryStatus
 	state        State
 	cause        string
 	since        time.Time
 	wasOnline    bool
+	firstLook    bool // the newest observation is the first that knows the Pod
 	registrySeen bool // in sync, once
 	final        bool // SIGTERM came: no way back online
 	unadvertised time.Time
@@ -105,7 +125,11 @@ type Machine struct {
 type inbox struct {
 	observation *Observation
 	registry    *RegistryStatus
+	available   *Availability
+	hold        **Hold
 	stops       []stop
+	forced      string // the cause; "" when nobody forces anything
+	unguarded   *shutdown
 	finished    *Verdict
 }
 
@@ -127,8 +151,11 @@ type shutdown struct {
 	deadline time.Time // the kubelet's SIGKILL
 	release  time.Time // deadline less the application's reserve
 	timer    *time.Timer
-	carryOut func() // started once the registry knows what is wanted; then nil
 	cancel   context.CancelCauseFunc
+
+	guarded   bool                    // the guard still holds the withdrawal back
+	unguard   context.CancelCauseFunc // ends the guard's wait; nil without one
+	withdrawn chan struct{}           // closed once the registry knows that the instance isn't wanted any more
 
 	verdict *Verdict // nil until the release
 
@@ -148,6 +175,9 @@ func New(cfg Config) (*Machine, error) {
 	if cfg.OnTransition == nil {
 		cfg.OnTransition = func(Transition) {}
 	}
+	if cfg.OnHold == nil {
+		cfg.OnHold = func(*Hold) {}
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
@@ -163,6 +193,16 @@ func (m *Machine) Observe(o Observation) { m.post(func(in *inbox) { in.observati
 
 // RegistryChanged hands over how the registry stands now. It never blocks.
 func (m *Machine) RegistryChanged(s RegistryStatus) { m.post(func(in *inbox) { in.registry = &s }) }
+
+// SetAvailability hands over what the application and its probes say now. It never blocks.
+func (m *Machine) SetAvailability(a Availability) { m.post(func(in *inbox) { in.available = &a }) }
+
+// SetHold hands over the hold that an operator has on the instance, nil for none. It never blocks.
+func (m *Machine) SetHold(h *Hold) { m.post(func(in *inbox) { in.hold = &h }) }
+
+// Force ends the waiting of the shutdown under way, if there is one: it releases at once, and its verdict says Forced. It never
+// blocks.
+func (m *Machine) Force(cause string) { m.post(func(in *inbox) { in.forced = cause }) }
 
 func (m *Machine) post(put func(*inbox)) {
 	m.mu.Lock()
@@ -246,9 +286,9 @@ func (m *Machine) Run(ctx context.Context) error {
 // step takes in what came, and makes of it what should be.
 func (m *Machine) step(in inbox) error {
 	if in.observation != nil {
-		first := !m.obs.Pod.Known && in.observation.Pod.Known
+		m.firstLook = !m.obs.Pod.Known && in.observation.Pod.Known
 		m.obs = *in.observation
-		if first {
+		if m.firstLook {
 			if err := m.cfg.Budget.Fit(m.obs.Pod.Grace, m.cfg.Quiet); err != nil {
 				return fmt.Errorf("%w: %w", ErrBudget, err)
 			}
@@ -256,6 +296,16 @@ func (m *Machine) step(in inbox) error {
 	}
 	if in.registry != nil {
 		m.registryChanged(*in.registry)
+	}
+	if in.available != nil {
+		m.availability = *in.available
+	}
+	if in.hold != nil && !reflect.DeepEqual(*in.hold, m.hold) {
+		m.hold = *in.hold
+		m.cfg.OnHold(m.hold)
+	}
+	if in.unguarded != nil {
+		in.unguarded.guarded = false
 	}
 	if in.finished != nil {
 		m.release(in.finished)
@@ -280,6 +330,14 @@ func (m *Machine) step(in inbox) error {
 		m.current = nil
 	case !m.current.released():
 		m.shorten()
+		if in.forced != "" {
+			m.log.Warn("shutdown forced", zap.String("cause", in.forced))
+			m.current.cancel(forced(in.forced))
+		}
+	}
+	if s := m.current; s != nil && s.guarded && (m.final || !m.servingDecision().advertised()) {
+		s.guarded = false // there is nothing left to keep up
+		s.unguard(errNothingToGuard)
 	}
 	m.settle()
 	m.waiting = slices.DeleteFunc(m.waiting, func(w waiter) bool {
@@ -293,11 +351,7 @@ func (m *Machine) step(in inbox) error {
 
 // settle decides, and tells the registry and whoever listens.
 func (m *Machine) settle() {
-	cause := ""
-	if m.current != nil {
-		cause = m.current.cause
-	}
-	d := Decide(Inputs{Observation: m.obs, Phase: m.phase(), StopCause: cause, WasOnline: m.wasOnline})
+	d := m.decide(m.phase())
 	t := Transition{Time: time.Now(), From: m.state, State: d.State, Cause: d.Cause}
 	if d.State != m.state {
 		m.since = t.Time
@@ -325,9 +379,9 @@ func (m *Machine) settle() {
 		m.desired = want
 		m.cfg.Registrar.Set(want)
 	}
-	if m.current != nil && m.current.carryOut != nil {
-		go m.current.carryOut()
-		m.current.carryOut = nil
+	if s := m.current; s != nil && !s.guarded && s.withdrawn != nil {
+		close(s.withdrawn)
+		s.withdrawn = nil
 	}
 
 	m.publish()
@@ -337,9 +391,20 @@ func (m *Machine) settle() {
 	}
 }
 
+func (m *Machine) decide(p Phase) Decision {
+	in := Inputs{Observation: m.obs, Availability: m.availability, Hold: m.hold, Phase: p, WasOnline: m.wasOnline}
+	if m.current != nil {
+		in.StopCause = m.current.cause
+	}
+	return Decide(in)
+}
+
+// servingDecision is what is decided while a guard holds the withdrawal back.
+func (m *Machine) servingDecision() Decision { return m.decide(StopGuarded) }
+
 func (m *Machine) logTransition(t Transition) {
 	level := zap.InfoLevel
-	if v := t.Verdict; v != nil && (v.Outcome == TimedOut || v.Outcome == Unmeasured || !v.Withdrawn) {
+	if v := t.Verdict; v != nil && (v.Outcome == TimedOut || v.Outcome == Forced || v.Outcome == Unmeasured || !v.Withdrawn) {
 		level = zap.WarnLevel
 	}
 	m.log.Log(level, "state", zap.Stringer("from", t.From), zap.Stringer("to", t.State), zap.String("cause", t.Cause))
@@ -349,6 +414,8 @@ func (m *Machine) phase() Phase {
 	switch {
 	case m.current == nil:
 		return NotStopping
+	case m.current.guarded:
+		return StopGuarded
 	case !m.current.released():
 		return StopUnderWay
 	case m.final && m.state >= Released:
@@ -395,6 +462,7 @@ func (m *Machine) record(t Transition) {
 func (m *Machine) publish() {
 	st := Status{
 		State: m.state, Since: m.since, Cause: m.cause, Observation: m.obs, Registry: m.registry, Verdict: m.verdict,
+		Availability: m.availability, Hold: m.hold,
 		Trail: slices.Clip(m.trail), // of which no entry is ever changed
 	}
 	if m.current != nil && !m.current.released() {
