@@ -32,13 +32,28 @@ type Pod struct {
 
 	// Ready is the Pod's Ready condition.
 	Ready bool
-	// Restarts is the sum of its containers' restart counts.
+	// HostNetwork says that the Pod has no network namespace of its own: its addresses and ports are the node's.
+	HostNetwork bool
+	HostIPs     []netip.Addr // the node's addresses, the primary one first
+
+	// Hooked are the containers whose preStop hook leads to the agent, so that their SIGTERM waits for the drain; Unhooked
+	// are the others. Native sidecars are in neither: they get SIGTERM after all of these have exited. A classic
+	// sidecar, the agent's own container among them, is a container like any other.
+	Hooked, Unhooked []string
+	// Restarts is the sum of the restart counts of the Hooked containers, or, without any, of the Unhooked ones: of those
+	// that serve, not of what runs beside them, as far as the Pod tells.
 	Restarts int
 	// Disrupted is the condition DisruptionTarget (eviction, preemption, taint manager).
 	Disrupted bool
 
 	// Terminating says that deletionTimestamp is set.
 	Terminating bool
+	// DeletionStarted is when the Pod was first deleted, on this machine's clock: deletionTimestamp less
+	// deletionGracePeriodSeconds, up to 1 s early (the API keeps whole seconds), and not after it was seen. It is zero
+	// unless Terminating, and for a deletion that has no grace period. A later delete with a shorter grace doesn't change
+	// it, with one exception: where that grace was over already, the API server restarts the deletion with 1 s, and a
+	// watcher that hasn't seen it before (an agent that was restarted) takes that for the start.
+	DeletionStarted time.Time
 	// Deadline is the end of the grace period on this machine's clock; zero unless Terminating. The API server's
 	// deletionTimestamp is already the deadline, in the API server's clock, and honours `kubectl delete
 	// --grace-period`.
