@@ -58,15 +58,6 @@ type Pod struct {
 	// deletionTimestamp is already the deadline, in the API server's clock, and honours `kubectl delete
 	// --grace-period`.
 	Deadline time.Time
-	// DeletionStarted is when the deletion that Deadline is of was asked for, in whole seconds; zero unless Terminating.
-	DeletionStarted time.Time
-
-	// Hooked are the containers with a preStop hook that leads to the agent, and Unhooked the other ones that are neither
-	// init containers nor sidecars.
-	Hooked, Unhooked []string
-	// HostNetwork says that the Pod is in its node's network, whose addresses are HostIPs.
-	HostNetwork bool
-	HostIPs     []netip.Addr
 
 	// Grace is the time from a hook's call to SIGKILL when the Pod isn't being deleted: spec.terminationGracePeriodSeconds,
 	// or the shortest one that a liveness or startup probe carries.
