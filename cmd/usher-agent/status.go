@@ -10,8 +10,9 @@ import (
 func verdict(v lifecycle.Verdict) api.Verdict {
 	out := api.Verdict{
 		Outcome: api.Outcome(v.Outcome), Message: v.Message(), Cause: v.Cause, Started: v.Started, Deadline: v.Deadline,
-		TotalMs: v.Total().Milliseconds(), WithdrawMs: v.Withdraw.Milliseconds(), SettleMs: v.Settle.Milliseconds(), DrainMs: v.Drain.Milliseconds(),
-		Withdrawn: v.Withdrawn, WithdrawError: v.WithdrawError, InFlight: v.InFlight, Unsure: v.Unsure,
+		TotalMs: v.Total().Milliseconds(), GuardMs: v.Guard.Milliseconds(), WithdrawMs: v.Withdraw.Milliseconds(), SettleMs: v.Settle.Milliseconds(), DrainMs: v.Drain.Milliseconds(),
+		Withdrawn: v.Withdrawn, WithdrawError: v.WithdrawError, GuardError: v.GuardError, AnnounceError: v.AnnounceError, ForcedBy: v.ForcedBy,
+		InFlight: v.InFlight, Unsure: v.Unsure,
 	}
 	for _, s := range v.Sources {
 		out.Sources = append(out.Sources, api.SourceVerdict{

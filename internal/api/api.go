@@ -29,6 +29,8 @@ const (
 	TimedOut Outcome = "timed-out"
 	// Unmeasured: a source failed, so the configured floor was waited out instead.
 	Unmeasured Outcome = "unmeasured"
+	// Forced: somebody ended the wait; ForcedBy says who, InFlight how many requests were left.
+	Forced Outcome = "forced"
 	// Skipped: no in-flight source is configured, so only the settle time was waited.
 	Skipped Outcome = "skipped"
 )
@@ -44,6 +46,7 @@ type Verdict struct {
 	Deadline time.Time `json:"deadline"` // of the release, the application's reserve already taken off
 
 	TotalMs    int64 `json:"totalMs"`
+	GuardMs    int64 `json:"guardMs,omitempty"` // before all else: waiting for enough other instances
 	WithdrawMs int64 `json:"withdrawMs"`
 	SettleMs   int64 `json:"settleMs"`
 	DrainMs    int64 `json:"drainMs"` // after the settle time
@@ -52,6 +55,11 @@ type Verdict struct {
 	// expiry takes the records out then.
 	Withdrawn     bool   `json:"withdrawn"`
 	WithdrawError string `json:"withdrawError,omitempty"`
+
+	// GuardError says with how few others the withdrawal went on, and AnnounceError who could not be told of the shutdown.
+	GuardError    string `json:"guardError,omitempty"`
+	AnnounceError string `json:"announceError,omitempty"`
+	ForcedBy      string `json:"forcedBy,omitempty"`
 
 	InFlight int             `json:"inFlight"` // at the release
 	Unsure   int             `json:"unsure"`   // of InFlight, how many might have been idle
