@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strings"
 	"syscall"
@@ -21,6 +22,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -30,6 +32,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"usher.dev/usher/integration/app/wire"
+	"usher.dev/usher/integration/internal/etcdtest"
 )
 
 // asApp makes the test binary be the application, so that signals can end it.
@@ -247,15 +250,20 @@ func TestGRPCAnswers(t *testing.T) {
 }
 
 func TestBadFlagsAreNamed(t *testing.T) {
+	t.Setenv("ETCDCTL_ENDPOINTS", "")
 	for want, args := range map[string][]string{
-		`--on-term="explode": give die or drain`: {"--on-term=explode"},
-		`--http="8080" is no listening address`:  {"--http=8080"},
-		`--grpc="" is no listening address`:      {"--grpc="},
-		"--max-for=0s: give at least 1ms":        {"--max-for=0s"},
-		"--ready-after=-1s: give at least 0s":    {"--ready-after=-1s"},
-		"--drain-timeout=-1s: give at least 1ms": {"--drain-timeout=-1s"},
-		`unexpected argument "now"`:              {"now"},
-		"flag provided but not defined: -x":      {"-x"},
+		`--on-term="explode": give die or drain`:  {"--on-term=explode"},
+		`--http="8080" is no listening address`:   {"--http=8080"},
+		`--grpc="" is no listening address`:       {"--grpc="},
+		"--max-for=0s: give at least 1ms":         {"--max-for=0s"},
+		"--ready-after=-1s: give at least 0s":     {"--ready-after=-1s"},
+		"--drain-timeout=-1s: give at least 1ms":  {"--drain-timeout=-1s"},
+		`unexpected argument "now"`:               {"now"},
+		`"shop/http": give TARGET=HOST:PORT`:      {"--register=shop/http"},
+		`"a=:80": give TARGET=HOST:PORT`:          {"--register=a=:80"},
+		"--register-ttl=1.5s: give whole seconds": {"--register-ttl=1500ms"},
+		"--register is set, but neither --etcd":   {"--register=shop/http=10.0.0.7:8080"},
+		"flag provided but not defined: -x":       {"-x"},
 	} {
 		if _, err := parse(args, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: error %v, want one with %q", args, err, want)
@@ -268,14 +276,21 @@ func TestHelpNamesEveryFlagAndDefaultsAreHarsh(t *testing.T) {
 	if _, err := parse([]string{"--help"}, &help); !errors.Is(err, flag.ErrHelp) {
 		t.Fatalf("%v, want ErrHelp", err)
 	}
-	for _, name := range []string{"-http", "-grpc", "-pod", "-on-term", "-drain-timeout", "-ready-after", "-max-for"} {
+	t.Setenv("ETCDCTL_ENDPOINTS", "")
+	for _, name := range []string{
+		"-http", "-grpc", "-pod", "-on-term", "-drain-timeout", "-ready-after", "-max-for", "-register", "-register-ttl", "-etcd",
+	} {
 		if !strings.Contains(help.String(), name) {
 			t.Errorf("%s is missing in\n%s", name, help.String())
 		}
 	}
 	cfg, err := parse(nil, io.Discard)
 	host, _ := os.Hostname()
-	if want := (config{":8080", ":9090", host, "die", 30 * time.Second, 0, time.Minute}); err != nil || cfg != want {
+	want := config{
+		httpAddr: ":8080", grpcAddr: ":9090", pod: host, onTerm: "die", drainTimeout: 30 * time.Second, maxFor: time.Minute,
+		registerTTL: 15 * time.Second,
+	}
+	if err != nil || !reflect.DeepEqual(cfg, want) {
 		t.Errorf("%+v, %v; want %+v", cfg, err, want)
 	}
 }
@@ -427,5 +442,46 @@ func TestReadyAfterItsDelay(t *testing.T) {
 	}
 	if status, _ := call(t, "GET", "http://"+p.http+"/readyz", ""); status != http.StatusOK {
 		t.Errorf("status %d after the delay, want 200", status)
+	}
+}
+
+// What it wrote of itself must outlive it by the lease, or there would be nothing to compare a withdrawal with.
+func TestRecordsOutliveTheProcessUntilTheirTTL(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	p := startProcess(t, "--register=shop/http=10.0.0.7:8080", "--register=shop/grpc=10.0.0.7:9090", "--register-ttl=2s", "--etcd="+etcd.Endpoint())
+	for msg := ""; msg != "registered"; {
+		select {
+		case msg = <-p.logs:
+		case <-time.After(20 * time.Second):
+			t.Fatal("not registered after 20 s")
+		}
+	}
+	for key, want := range map[string]string{"shop/http/pod-1": "10.0.0.7:8080", "shop/grpc/pod-1": "10.0.0.7:9090"} {
+		resp, err := etcd.Client().Get(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.Kvs) != 1 || !strings.Contains(string(resp.Kvs[0].Value), want) || resp.Kvs[0].Lease == 0 {
+			t.Errorf("key %s: %v, want %s under a lease", key, resp.Kvs, want)
+		}
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if status := p.end(t); status != statusSIGTERM {
+		t.Errorf("exit status %d, want %d", status, statusSIGTERM)
+	}
+	left := func() int64 {
+		resp, err := etcd.Client().Get(t.Context(), "shop/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.Count
+	}
+	if n := left(); n != 2 {
+		t.Errorf("%d records right after the end, want 2", n)
+	}
+	for deadline := time.Now().Add(20 * time.Second); left() > 0; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the records are there 20 s after the end, want their TTL of 2 s")
+		}
 	}
 }

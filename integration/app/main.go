@@ -9,6 +9,9 @@
 // which Usher is there to prevent. A container's first process ignores a signal that it has no handler for, so even
 // dying needs one.
 //
+// With --register it writes itself into etcd once it is ready, as an application without a sidecar does: under a lease, which
+// is all that ends its records.
+//
 // Paths and methods are in package wire.
 package main
 
@@ -23,6 +26,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -39,6 +43,9 @@ type config struct {
 	drainTimeout time.Duration
 	readyAfter   time.Duration
 	maxFor       time.Duration
+	register     []record
+	registerTTL  time.Duration
+	etcd         []string
 }
 
 func parse(args []string, out io.Writer) (config, error) {
@@ -52,6 +59,13 @@ func parse(args []string, out io.Writer) (config, error) {
 	fs.DurationVar(&cfg.drainTimeout, "drain-timeout", 30*time.Second, "longest wait for requests in flight with --on-term=drain")
 	fs.DurationVar(&cfg.readyAfter, "ready-after", 0, "delay from the start until ready")
 	fs.DurationVar(&cfg.maxFor, "max-for", time.Minute, "longest answer that a request may ask for")
+	fs.Func("register", "`TARGET=HOST:PORT` to write into etcd, under the key TARGET/POD, when ready; may be given several times", func(text string) error {
+		r, err := parseRecord(text)
+		cfg.register = append(cfg.register, r)
+		return err
+	})
+	fs.DurationVar(&cfg.registerTTL, "register-ttl", 15*time.Second, "how long those records outlive the process, in whole seconds")
+	etcd := fs.String("etcd", os.Getenv("ETCDCTL_ENDPOINTS"), "etcd's client `URLs`, comma-separated (default $ETCDCTL_ENDPOINTS)")
 	fs.Usage = func() {
 		fmt.Fprint(out, "Usage: app [flags]\n\nA sample server: fast, slow and streaming answers over HTTP/1.1 and gRPC, with knobs for readiness and liveness.\n\n")
 		fs.PrintDefaults()
@@ -78,10 +92,20 @@ func parse(args []string, out io.Writer) (config, error) {
 		{"drain-timeout", cfg.drainTimeout, time.Millisecond},
 		{"ready-after", cfg.readyAfter, 0},
 		{"max-for", cfg.maxFor, time.Millisecond},
+		{"register-ttl", cfg.registerTTL, time.Second},
 	} {
 		if d.value < d.least {
 			return config{}, fmt.Errorf("--%s=%v: give at least %v", d.flag, d.value, d.least)
 		}
+	}
+	if cfg.registerTTL%time.Second != 0 {
+		return config{}, fmt.Errorf("--register-ttl=%v: give whole seconds, as etcd's leases have", cfg.registerTTL)
+	}
+	if *etcd != "" {
+		cfg.etcd = strings.Split(*etcd, ",")
+	}
+	if len(cfg.register) > 0 && len(cfg.etcd) == 0 {
+		return config{}, errors.New("--register is set, but neither --etcd nor ETCDCTL_ENDPOINTS: give etcd's client URLs")
 	}
 	if cfg.pod == "" {
 		host, err := os.Hostname()
@@ -128,7 +152,7 @@ func run(cfg config, log *slog.Logger) (int, error) {
 	hs := &http.Server{Handler: srv.handler()}
 	gs := srv.grpcServer()
 
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- fmt.Errorf("serve HTTP: %w", hs.Serve(hl)) }()
 	go func() {
 		if err := gs.Serve(gl); err != nil {
@@ -143,6 +167,15 @@ func run(cfg config, log *slog.Logger) (int, error) {
 		select {
 		case <-ready.C:
 			srv.setReady(true)
+			if len(cfg.register) > 0 {
+				go func() {
+					if err := register(context.Background(), cfg); err != nil {
+						failed <- err
+						return
+					}
+					log.Info("registered", "ttl", cfg.registerTTL.String())
+				}()
+			}
 		case err := <-failed:
 			return 1, err
 		case sig := <-signals:
