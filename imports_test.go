@@ -25,6 +25,8 @@ type rule struct {
 	of string
 	// only are the packages beyond the standard library that it may import itself; nil allows all.
 	only []string
+	// tests are those that its tests may import too.
+	tests []string
 	// never are those that must not be among its dependencies, however far away.
 	never []string
 	why   string
@@ -48,7 +50,7 @@ var rules = []rule{
 		why: "it knows etcd only, so that usherctl and other readers stay free of Kubernetes",
 	},
 	{
-		of: module + "/drain", only: []string{"go.uber.org/zap", "github.com/vishvananda/netlink", "golang.org/x/sys/unix", module + "/drain"}, never: []string{"k8s.io", "go.etcd.io"},
+		of: module + "/drain", only: []string{"go.uber.org/zap", "github.com/vishvananda/netlink", "golang.org/x/sys/unix", module + "/drain"}, tests: []string{"github.com/prometheus/client_golang"}, never: []string{"k8s.io", "go.etcd.io"},
 		why: "waiting for an application to be idle has nothing to do with where it is registered",
 	},
 	{
@@ -164,7 +166,11 @@ func (ps packages) violations() []string {
 			}
 			used = true
 			for _, i := range p.direct() {
-				if r.only != nil && !ps.standard(i) && !slices.ContainsFunc(r.only, func(o string) bool { return within(i, o) }) {
+				only := r.only
+				if !slices.Contains(p.Imports, i) {
+					only = slices.Concat(only, r.tests)
+				}
+				if r.only != nil && !ps.standard(i) && !slices.ContainsFunc(only, func(o string) bool { return within(i, o) }) {
 					add("%s imports %s, but may import only the standard library and %q: %s", p.ImportPath, i, r.only, r.why)
 				}
 			}
@@ -235,6 +241,7 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		{"registry", module + "/watcher", `registry -> usher.dev/usher/watcher must never`},
 		{"registry/format", "k8s.io/api", `registry/format -> k8s.io/api must never`},
 		{"drain", module + "/lifecycle", `drain imports usher.dev/usher/lifecycle, but may`},
+		{"drain", "github.com/prometheus/client_golang/prometheus", ``}, // of its tests
 		{"internal/api", "go.uber.org/zap", `internal/api imports go.uber.org/zap, but may`},
 		{"cmd/usher-prestop", "go.uber.org/zap", `cmd/usher-prestop imports go.uber.org/zap, but may`},
 		{"cmd/usherctl", "far", `cmd/usherctl -> far -> k8s.io/api must never`},
@@ -259,6 +266,14 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		if tc.want == "" && len(v) > 0 || tc.want != "" && !slices.ContainsFunc(v, func(s string) bool { return strings.Contains(s, tc.want) }) {
 			t.Errorf("%s imports %s: got %q, want %q", tc.of, tc.imports, v, tc.want)
 		}
+	}
+	ps := packages{}
+	for _, r := range rules {
+		ps[r.of] = &pkg{ImportPath: r.of}
+	}
+	ps[module+"/drain"].Imports = []string{"github.com/prometheus/client_golang/prometheus"}
+	if v := ps.violations(); len(v) != 1 || !strings.Contains(v[0], `drain imports github.com/prometheus/client_golang/prometheus, but may`) {
+		t.Errorf("what tests may import is imported by what is not one: got %q", v)
 	}
 	if v := (packages{}).violations(); len(v) != len(rules) {
 		t.Errorf("rules for packages that don't exist: %q", v)

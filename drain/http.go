@@ -41,12 +41,8 @@ type HTTP struct {
 
 // NewHTTP checks cfg. It doesn't contact the application.
 func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
-	u, err := url.Parse(cfg.URL)
-	if err != nil {
-		return nil, fmt.Errorf("http source: URL: %w", err)
-	}
-	if (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" {
-		return nil, fmt.Errorf("http source: URL is %q, must be http://HOST[:PORT]/PATH or https://", cfg.URL)
+	if err := checkURL(cfg.URL); err != nil {
+		return nil, fmt.Errorf("http source: %w", err)
 	}
 	if cfg.Timeout < 0 {
 		return nil, fmt.Errorf("http source: Timeout is %v, must be positive (0 means the default, %v)", cfg.Timeout, DefaultHTTPTimeout)
@@ -63,15 +59,31 @@ func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
 			}
 		}
 	}
-	h.client = &http.Client{
-		Timeout: cfg.Timeout,
+	h.client = newClient(cfg.Timeout)
+	return h, nil
+}
+
+func checkURL(s string) error {
+	u, err := url.Parse(s)
+	if err != nil {
+		return fmt.Errorf("URL: %w", err)
+	}
+	if (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" {
+		return fmt.Errorf("URL is %q, must be http://HOST[:PORT]/PATH or https://", s)
+	}
+	return nil
+}
+
+// newClient is for asking the application beside.
+func newClient(timeout time.Duration) *http.Client {
+	return &http.Client{
+		Timeout: timeout,
 		// No proxy, since the application is on this host. No keep-alive: a connection that asks again and again would
-		// look to the sockdiag source like a client that has not let go.
-		Transport: &http.Transport{DisableKeepAlives: true},
+		// look to the sockdiag source like a client that has not let go. No compression, which only costs CPU here.
+		Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true},
 		// What another place says is not this application's count.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	return h, nil
 }
 
 // Name is "http".
@@ -83,6 +95,12 @@ func (h *HTTP) Sample(ctx context.Context) (Sample, error) {
 	if err != nil {
 		return Sample{}, fmt.Errorf("asking for the requests in flight: %w", err)
 	}
+	// Some endpoints, drain/inflight's among them, have both.
+	accept := "text/plain,*/*;q=0.1"
+	if len(h.path) > 0 {
+		accept = "application/json,*/*;q=0.1"
+	}
+	req.Header.Set("Accept", accept)
 	resp, err := h.client.Do(req)
 	if err != nil {
 		return Sample{}, fmt.Errorf("asking for the requests in flight: %w", err)
@@ -152,8 +170,9 @@ func child(v any, name string) (any, error) {
 	return nil, errors.New("the path goes on below a value that is neither object nor array")
 }
 
-func shorten(s string) string {
-	const most = 40
+func shorten(s string) string { return shortenTo(s, 40) }
+
+func shortenTo(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}
