@@ -40,4 +40,9 @@
 // which matters when this watch lags or the agent starts late. Two facts blur the second one. It is truncated to the
 // second; taken as it is, it is never late, and less than 1 s early. And the clocks may differ: the difference is
 // bounded by the Date header of each answer, see [Client]. The deadline of a Pod only ever moves closer.
+//
+// A second delete may shorten the grace. The API server counts it from the first delete, too: it moves
+// deletionTimestamp by as much, though not into the past (BeforeDelete in k8s.io/apiserver/pkg/registry/rest). So both
+// values together tell when the deletion began, whichever delete they are of; only a grace that was over already is
+// lost, as 1 s from the second delete on.
 package watcher

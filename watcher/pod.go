@@ -2,17 +2,23 @@ package watcher
 
 import (
 	"net/netip"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/intstr"
 
+	agentapi "usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
 )
 
 // podInfo is what is kept of the Pod.
 type podInfo struct {
-	pod lifecycle.Pod // without Known, Gone and Deadline
+	pod lifecycle.Pod // without Known, Gone, Deadline and DeletionStarted
 	del *deletion     // nil unless being deleted
 }
 
@@ -29,36 +35,106 @@ const defaultGrace = corev1.DefaultTerminationGracePeriodSeconds * time.Second
 // lastApplied is kubectl's copy of a whole object, which nobody reads here.
 const lastApplied = "kubectl.kubernetes.io/last-applied-configuration"
 
-func reducePod(obj runtime.Object) podInfo {
-	p := obj.(*corev1.Pod)
-	delete(p.Annotations, lastApplied)
-	info := podInfo{pod: lifecycle.Pod{
-		Namespace:   p.Namespace,
-		Name:        p.Name,
-		UID:         string(p.UID),
-		Node:        p.Spec.NodeName,
-		Labels:      p.Labels,
-		Annotations: p.Annotations,
-		Created:     p.CreationTimestamp.UTC(),
-		Ready:       conditionTrue(p, corev1.PodReady),
-		Disrupted:   conditionTrue(p, corev1.DisruptionTarget),
-		Terminating: p.DeletionTimestamp != nil,
-		Restarts:    restarts(p),
-		Grace:       grace(p),
-	}}
-	for _, ip := range p.Status.PodIPs {
-		if a, err := netip.ParseAddr(ip.IP); err == nil {
-			info.pod.IPs = append(info.pod.IPs, a.Unmap())
+// reducePod keeps what an Observation has of the Pod; hookPort as in Config.
+func reducePod(hookPort uint16) func(runtime.Object) podInfo {
+	return func(obj runtime.Object) podInfo {
+		p := obj.(*corev1.Pod)
+		delete(p.Annotations, lastApplied)
+		info := podInfo{pod: lifecycle.Pod{
+			Namespace:   p.Namespace,
+			Name:        p.Name,
+			UID:         string(p.UID),
+			Node:        p.Spec.NodeName,
+			Labels:      p.Labels,
+			Annotations: p.Annotations,
+			Created:     p.CreationTimestamp.UTC(),
+			Ready:       conditionTrue(p, corev1.PodReady),
+			Disrupted:   conditionTrue(p, corev1.DisruptionTarget),
+			Terminating: p.DeletionTimestamp != nil,
+			Grace:       grace(p),
+			HostNetwork: p.Spec.HostNetwork,
+		}}
+		for _, c := range p.Spec.Containers {
+			if hooked(c, hookPort) {
+				info.pod.Hooked = append(info.pod.Hooked, c.Name)
+			} else {
+				info.pod.Unhooked = append(info.pod.Unhooked, c.Name)
+			}
+		}
+		serving := info.pod.Hooked
+		if len(serving) == 0 {
+			serving = info.pod.Unhooked
+		}
+		for _, s := range p.Status.ContainerStatuses {
+			if slices.Contains(serving, s.Name) {
+				info.pod.Restarts += int(s.RestartCount)
+			}
+		}
+		for _, ip := range p.Status.PodIPs {
+			info.pod.IPs = appendIP(info.pod.IPs, ip.IP)
+		}
+		for _, ip := range p.Status.HostIPs {
+			info.pod.HostIPs = appendIP(info.pod.HostIPs, ip.IP)
+		}
+		if p.DeletionTimestamp != nil {
+			d := deletion{timestamp: p.DeletionTimestamp.UTC(), grace: -1, seen: time.Now()}
+			if s := p.DeletionGracePeriodSeconds; s != nil {
+				d.grace = max(0, time.Duration(*s)*time.Second)
+			}
+			info.del = &d
+		}
+		return info
+	}
+}
+
+func appendIP(ips []netip.Addr, s string) []netip.Addr {
+	if a, err := netip.ParseAddr(s); err == nil {
+		ips = append(ips, a.Unmap())
+	}
+	return ips
+}
+
+// prestopProgram is the hook caller of package cmd/usher-prestop.
+const prestopProgram = "usher-prestop"
+
+// hooked says whether the container's preStop hook leads to the agent.
+func hooked(c corev1.Container, hookPort uint16) bool {
+	if c.Lifecycle == nil || c.Lifecycle.PreStop == nil {
+		return false
+	}
+	// In the kubelet's order: exec, then httpGet.
+	switch h := c.Lifecycle.PreStop; {
+	case h.Exec != nil:
+		return slices.ContainsFunc(h.Exec.Command, runsPrestop)
+	case h.HTTPGet != nil:
+		// The kubelet takes a path without its slash, too.
+		p, _, _ := strings.Cut(h.HTTPGet.Path, "?")
+		if "/"+strings.TrimPrefix(p, "/") != agentapi.PrestopPath {
+			return false
+		}
+		return hookPort == 0 || resolvePort(h.HTTPGet.Port, c) == int(hookPort)
+	}
+	return false
+}
+
+// resolvePort is the kubelet's rule: a name is one that the same container declares, and may be a number in quotes.
+func resolvePort(port intstr.IntOrString, c corev1.Container) int {
+	if port.Type == intstr.Int {
+		return port.IntValue()
+	}
+	for _, p := range c.Ports {
+		if p.Name == port.StrVal {
+			return int(p.ContainerPort)
 		}
 	}
-	if p.DeletionTimestamp != nil {
-		d := deletion{timestamp: p.DeletionTimestamp.UTC(), grace: -1, seen: time.Now()}
-		if s := p.DeletionGracePeriodSeconds; s != nil {
-			d.grace = max(0, time.Duration(*s)*time.Second)
-		}
-		info.del = &d
-	}
-	return info
+	n, _ := strconv.Atoi(port.StrVal)
+	return n
+}
+
+// runsPrestop finds the program in one word of a command: alone, with its folder, or in a line of shell.
+func runsPrestop(word string) bool {
+	words := strings.FieldsFunc(word, func(r rune) bool { return strings.ContainsRune(" \t\r\n;&|(){}<>=$`\"'", r) })
+	return slices.ContainsFunc(words, func(w string) bool { return path.Base(w) == prestopProgram })
 }
 
 // deadline is the earlier of both bounds that the package comment explains.
@@ -72,6 +148,19 @@ func (d *deletion) deadline(c *serverClock) time.Time {
 	return t
 }
 
+// started is the moment of the delete, which both values follow from and a later delete leaves (unless its grace is over
+// at once); zero if the object doesn't say.
+func (d *deletion) started(c *serverClock) time.Time {
+	if d.grace < 0 {
+		return time.Time{}
+	}
+	t := c.local(d.timestamp).Add(-d.grace)
+	if t.After(d.seen) {
+		return d.seen
+	}
+	return t
+}
+
 func conditionTrue(p *corev1.Pod, t corev1.PodConditionType) bool {
 	for _, c := range p.Status.Conditions {
 		if c.Type == t {
@@ -79,26 +168,6 @@ func conditionTrue(p *corev1.Pod, t corev1.PodConditionType) bool {
 		}
 	}
 	return false
-}
-
-// restarts counts those of the main containers and of native sidecars: an init container that ran to its end has
-// nothing to do with the instance.
-func restarts(p *corev1.Pod) int {
-	n := 0
-	for _, s := range p.Status.ContainerStatuses {
-		n += int(s.RestartCount)
-	}
-	for _, c := range p.Spec.InitContainers {
-		if !sidecar(c) {
-			continue
-		}
-		for _, s := range p.Status.InitContainerStatuses {
-			if s.Name == c.Name {
-				n += int(s.RestartCount)
-			}
-		}
-	}
-	return n
 }
 
 func sidecar(c corev1.Container) bool {

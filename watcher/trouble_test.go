@@ -58,7 +58,7 @@ func TestServerThatIsLostChangesNothingButProblems(t *testing.T) {
 }
 
 func TestLostServerIsToldOnceThroughAllRetries(t *testing.T) {
-	f := &feed[podInfo]{reduce: reducePod, notify: func() {}, failures: map[string]failure{}}
+	f := &feed[podInfo]{reduce: reducePod(7400), notify: func() {}, failures: map[string]failure{}}
 	told := func() []string {
 		var p problems
 		f.problems(&p)
@@ -162,7 +162,7 @@ func TestProblemIsOverOnlyWithTheStateThatWasMissed(t *testing.T) {
 		{"watch after a list", "watch", false, nil, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			f := &feed[podInfo]{query: query{resource: "pods", namespace: "shop"}, reduce: reducePod, notify: func() {}, failures: map[string]failure{}}
+			f := &feed[podInfo]{query: query{resource: "pods", namespace: "shop"}, reduce: reducePod(7400), notify: func() {}, failures: map[string]failure{}}
 			denied := apierrors.NewForbidden(corev1.Resource("pods"), "", nil)
 			f.report(t.Context(), "list", true, denied)
 			f.report(t.Context(), "watch", false, denied)

@@ -30,6 +30,9 @@ type Config struct {
 	PodIPs []netip.Addr
 	// Services are the names of the Services to watch, at least one.
 	Services []string
+	// HookPort is the port of the agent's preStop hook: an httpGet hook of another port isn't one. 0 is for not known, and
+	// then an httpGet hook's path alone tells.
+	HookPort uint16
 	// Client speaks to the API server.
 	Client *Client
 	// OnObservation is called with each new Observation, from one goroutine, and only when something changed. The first
@@ -122,7 +125,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 	w.podFeed = startFeed(ctx, query{
 		client: w.cfg.Client.core, resource: "pods", namespace: w.cfg.Namespace, name: w.cfg.Pod,
 		example: &corev1.Pod{},
-	}, w.notify, reducePod)
+	}, w.notify, reducePod(w.cfg.HookPort))
 	for _, s := range w.services {
 		s.start(ctx)
 	}
@@ -186,13 +189,16 @@ func (w *Watcher) observePod(p *problems) {
 		p.add(fmt.Sprintf("pod %q in namespace %q has the UID %s and the own one is %s: the name belongs to another Pod now",
 			w.cfg.Pod, w.cfg.Namespace, info.pod.UID, w.pod.UID))
 	default:
-		deadline := w.pod.Deadline
+		deadline, started := w.pod.Deadline, w.pod.DeletionStarted
 		w.pod = info.pod
 		w.pod.Known = true
 		if len(w.pod.IPs) == 0 {
 			w.pod.IPs = w.cfg.PodIPs
 		}
 		w.pod.Deadline = w.deadline(info.del, deadline)
+		if w.pod.DeletionStarted = started; started.IsZero() && info.del != nil {
+			w.pod.DeletionStarted = info.del.started(w.cfg.Client.clock)
+		}
 	}
 }
 
