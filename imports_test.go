@@ -23,7 +23,8 @@ const module = "usher.dev/usher"
 // rule is for the package of, and for those below it.
 type rule struct {
 	of string
-	// only are the packages beyond the standard library that it may import itself; nil allows all.
+	// only are the packages beyond the standard library that it may import itself; nil allows all. Of several rules with a
+	// list for a package, that of the narrowest tree holds.
 	only []string
 	// tests are those that its tests may import too.
 	tests []string
@@ -36,6 +37,10 @@ var rules = []rule{
 	{
 		of: module + "/lifecycle", only: []string{"go.uber.org/zap", module + "/lifecycle"}, never: []string{"k8s.io", "go.etcd.io"},
 		why: "it decides; what it needs of Kubernetes, etcd and the kernel it declares as an interface, and its tests need none of them",
+	},
+	{
+		of: module + "/lifecycle/health/probe", only: []string{"go.uber.org/zap", "google.golang.org/grpc"},
+		why: "of all below lifecycle, only the grpc probe needs a client",
 	},
 	{
 		of: module + "/watcher", never: []string{"go.etcd.io", module + "/registry", module + "/drain"},
@@ -52,6 +57,10 @@ var rules = []rule{
 	{
 		of: module + "/drain", only: []string{"go.uber.org/zap", "github.com/vishvananda/netlink", "golang.org/x/sys/unix", module + "/drain"}, tests: []string{"github.com/prometheus/client_golang"}, never: []string{"k8s.io", "go.etcd.io"},
 		why: "waiting for an application to be idle has nothing to do with where it is registered",
+	},
+	{
+		of: module + "/notify", only: []string{"go.uber.org/zap", module + "/internal/api"},
+		why: "it tells whoever listens what others decided, and knows nothing of how",
 	},
 	{
 		of: module + "/internal/api", only: []string{}, never: []string{module + "/lifecycle"},
@@ -236,12 +245,16 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		{"lifecycle", "github.com/x/y", `lifecycle imports github.com/x/y, but may import only the standard library`},
 		{"lifecycle", "far", `lifecycle -> far -> k8s.io/api must never import k8s.io`},
 		{"lifecycle/health", "far", `lifecycle/health -> far -> k8s.io/api must never import k8s.io`},
+		{"lifecycle/health", "google.golang.org/grpc", `lifecycle/health imports google.golang.org/grpc, but may import only`},
+		{"lifecycle/health/probe", "google.golang.org/grpc/codes", ``},
+		{"lifecycle/health/probe", module + "/drain", `lifecycle/health/probe imports usher.dev/usher/drain, but may`},
 		{"watcher", module + "/drain", `watcher -> usher.dev/usher/drain must never import usher.dev/usher/drain`},
 		{"watcher", "go.etcd.io/etcd/client/v3", `watcher -> go.etcd.io/etcd/client/v3 must never import go.etcd.io`},
 		{"registry", module + "/watcher", `registry -> usher.dev/usher/watcher must never`},
 		{"registry/format", "k8s.io/api", `registry/format -> k8s.io/api must never`},
 		{"drain", module + "/lifecycle", `drain imports usher.dev/usher/lifecycle, but may`},
 		{"drain", "github.com/prometheus/client_golang/prometheus", ``}, // of its tests
+		{"notify", module + "/lifecycle", `notify imports usher.dev/usher/lifecycle, but may`},
 		{"internal/api", "go.uber.org/zap", `internal/api imports go.uber.org/zap, but may`},
 		{"cmd/usher-prestop", "go.uber.org/zap", `cmd/usher-prestop imports go.uber.org/zap, but may`},
 		{"cmd/usherctl", "far", `cmd/usherctl -> far -> k8s.io/api must never`},
