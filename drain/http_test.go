@@ -68,6 +68,26 @@ func TestHTTPCounts(t *testing.T) {
 	}
 }
 
+func TestHTTPSaysWhichFormatItWants(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.Header.Get("Accept"), "application/json") {
+			fmt.Fprint(w, `{"inFlight":2}`)
+		} else {
+			fmt.Fprint(w, "1")
+		}
+	}))
+	defer srv.Close()
+	for field, want := range map[string]int{"": 1, "inFlight": 2} {
+		h, err := NewHTTP(HTTPConfig{URL: srv.URL, Field: field})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := h.Sample(t.Context()); err != nil || got.InFlight != want {
+			t.Errorf("field %q: got %+v, %v, want %d in flight", field, got, err, want)
+		}
+	}
+}
+
 func TestHTTPDoesNotFollowRedirects(t *testing.T) {
 	var asked atomic.Bool
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

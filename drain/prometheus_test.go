@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -121,7 +122,7 @@ func TestPrometheusSums(t *testing.T) {
 
 func checkScrape(t *testing.T, url, metric string, want int, wantErr string) {
 	t.Helper()
-	p, err := NewPrometheus(PrometheusConfig{URL: url, Metric: metric})
+	p, err := NewPrometheus(PrometheusConfig{URL: url, Metric: metric, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
