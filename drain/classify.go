@@ -1,6 +1,9 @@
 package drain
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // TCP states as the kernel numbers them (net/tcp_states.h).
 const (
@@ -17,6 +20,7 @@ const (
 type socket struct {
 	cookie   uint64 // the kernel's identity of a socket, never used twice
 	port     uint16
+	peer     netip.AddrPort // never an IPv4-mapped address
 	state    uint8
 	accepted bool   // the application has taken it from the accept queue
 	unread   uint32 // idiag_rqueue: bytes received that the application has not read, a FIN counting as one
@@ -31,6 +35,7 @@ type socket struct {
 	received    uint64 // bytes, a FIN counting as one
 	segsIn      uint32 // segments with data
 	segsOut     uint32
+	acksOut     uint32 // segments without data, which do nothing but acknowledge
 }
 
 type class uint8
@@ -127,6 +132,8 @@ type connection struct {
 	quiet               bool // nothing unread, unsent or unacknowledged
 	firstSeen, lastSeen time.Time
 	round               uint64 // the sample that saw it last
+	fresh               bool   // it was not there at the first sample
+	own                 bool   // this process's, never counted
 
 	segsIn, segsOut      uint32
 	received             uint64

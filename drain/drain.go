@@ -38,6 +38,10 @@ type Sample struct {
 	Unsure int
 	// Connections is the number of open connections, idle ones included; 0 when the source can't know.
 	Connections int
+	// Probes is how many of InFlight look like a probe of the kubelet. They are waited for like all others, but don't
+	// start the quiet period anew: else a probe every second, whose answer takes half of one, would hold any drain to its
+	// deadline.
+	Probes int
 	// Activity grows whenever something arrived on a connection that was known before: some client has not let go yet,
 	// even if every answer was given between two samples. It never falls. New connections don't count, since the
 	// kubelet's probes open one each time.
@@ -50,13 +54,20 @@ type Source interface {
 	Sample(ctx context.Context) (Sample, error)
 }
 
+// Pacer is a Source that costs CPU time to sample. After each sample the Drainer asks it how long to leave it alone.
+type Pacer interface {
+	Source
+	Pause() time.Duration
+}
+
 // Config of a Drainer. The zero value of a duration means its default.
 type Config struct {
 	// Sources must all agree that nothing is in flight. With none, Wait waits for the settle time only.
 	Sources []Source
 	// Quiet is for how long all sources must have agreed; default 500 ms.
 	Quiet time.Duration
-	// Interval is the time from the start of one sample to the start of the next; default 50 ms.
+	// Interval is the time from the start of one sample to the start of the next, unless a source wants a longer one
+	// (Pacer); default 50 ms.
 	Interval time.Duration
 	// Floor is how long, from the start of the wait, a source may be unknown before the wait goes on without it;
 	// default 5 s.
@@ -172,16 +183,39 @@ type report struct {
 	start, end time.Time
 	sample     Sample
 	err        error
+	calm       calm
+}
+
+// calm is for how long one source has seen nothing in flight.
+type calm struct {
+	activity uint64
+	// since is when the first of the latest unbroken row of quiet samples ended, and seen when the last of them started.
+	// What lies between is certain. since is zero when the source is unknown or not quiet, and seen also while there is
+	// nothing in flight but what may be probes.
+	since, seen time.Time
+}
+
+func (c *calm) note(r report) {
+	moved := r.sample.Activity != c.activity
+	c.activity = r.sample.Activity
+	switch {
+	case r.err != nil || r.sample.InFlight > r.sample.Probes:
+		c.since, c.seen = time.Time{}, time.Time{}
+		return
+	case moved || c.since.IsZero():
+		c.since = r.end
+	}
+	c.seen = time.Time{}
+	if r.sample.InFlight == 0 {
+		c.seen = r.start
+	}
 }
 
 // standing is what Wait knows about one source.
 type standing struct {
 	SourceResult
-	err      error
-	activity uint64
-	// zeroSince is when the first of the latest unbroken row of quiet samples ended, and seen when the last of them
-	// started. What lies between is certain; zeroSince is zero when the source is unknown or not quiet.
-	zeroSince, seen time.Time
+	err  error
+	calm calm
 }
 
 // Wait returns when nothing has been in flight for the quiet period and notBefore has passed, or when ctx ends: its deadline
@@ -258,7 +292,7 @@ func (d *Drainer) decide(states []standing, now, notBefore, floor time.Time) (Ou
 			}
 			o = Floor
 		// Sampled after the settle time: what came in its last moments has been looked at.
-		case s.zeroSince.IsZero() || s.seen.Sub(s.zeroSince) < d.cfg.Quiet || s.seen.Before(notBefore):
+		case s.calm.seen.IsZero() || s.calm.seen.Sub(s.calm.since) < d.cfg.Quiet || s.calm.seen.Before(notBefore):
 			return "", false
 		}
 	}
@@ -276,22 +310,14 @@ func (d *Drainer) note(s *standing, r report) {
 	if s.err != nil && !errors.Is(s.err, errNotSampled) {
 		d.log.Info("in-flight source known again", zap.String("source", s.Name))
 	}
-	moved := r.sample.Activity != s.activity
-	s.err, s.Err, s.activity = nil, "", r.sample.Activity
+	s.err, s.Err, s.calm = nil, "", r.calm
 	s.InFlight, s.Unsure, s.Connections = r.sample.InFlight, r.sample.Unsure, r.sample.Connections
 	s.Peak, s.PeakUnsure = max(s.Peak, s.InFlight), max(s.PeakUnsure, s.Unsure)
 	s.Samples++
-	switch {
-	case s.InFlight > 0:
-		s.zeroSince = time.Time{}
-	case moved || s.zeroSince.IsZero():
-		s.zeroSince = r.end
-	}
-	s.seen = r.start
 }
 
 func (s *standing) fail(err error) {
-	s.err, s.Err, s.zeroSince = err, err.Error(), time.Time{}
+	s.err, s.Err, s.calm = err, err.Error(), calm{}
 }
 
 func progress(start time.Time, states []standing) Progress {
@@ -313,6 +339,7 @@ func (d *Drainer) sample(ctx context.Context, i int, s Source, notBefore time.Ti
 		case <-ctx.Done():
 		}
 	}
+	var c calm
 	for ctx.Err() == nil {
 		start := time.Now()
 		call, cancel := context.WithTimeout(ctx, d.cfg.SampleTimeout)
@@ -326,9 +353,12 @@ func (d *Drainer) sample(ctx context.Context, i int, s Source, notBefore time.Ti
 		}()
 		select {
 		case r := <-done:
+			c.note(r)
+			r.calm = c
 			send(r)
 		case <-call.Done():
 			// A source that minds its context answers now, with a better error than ours.
+			c = calm{activity: c.activity}
 			if ctx.Err() == nil {
 				send(report{source: i, err: fmt.Errorf("no answer within %v", d.cfg.SampleTimeout)})
 			}
@@ -339,17 +369,31 @@ func (d *Drainer) sample(ctx context.Context, i int, s Source, notBefore time.Ti
 		}
 		cancel()
 
-		next := start.Add(d.cfg.Interval)
-		if time.Now().Before(notBefore) && notBefore.Before(next) {
-			next = notBefore
-		}
-		pause := time.NewTimer(time.Until(next))
+		pause := time.NewTimer(time.Until(d.next(s, c, start, notBefore)))
 		select {
 		case <-pause.C:
 		case <-ctx.Done():
 		}
 		pause.Stop()
 	}
+}
+
+// next is when a source whose last sample began at start is asked again: so that a sample falls on the end of the settle
+// time, and one on the end of the quiet period, and no more often than the source wants.
+func (d *Drainer) next(s Source, c calm, start, notBefore time.Time) time.Time {
+	now := time.Now()
+	next := start.Add(d.cfg.Interval)
+	if p, ok := s.(Pacer); ok {
+		next = latest(next, now.Add(p.Pause()))
+	}
+	if quiet := c.since.Add(d.cfg.Quiet); !c.since.IsZero() && quiet.After(next) {
+		steps := quiet.Sub(start) / next.Sub(start)
+		next = start.Add(quiet.Sub(start) / steps)
+	}
+	if now.Before(notBefore) && notBefore.Before(next) {
+		next = notBefore
+	}
+	return next
 }
 
 func latest(a, b time.Time) time.Time {

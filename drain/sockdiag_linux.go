@@ -4,10 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"runtime"
+	"slices"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 )
 
 // Defaults of SockdiagConfig.
@@ -16,6 +22,20 @@ const (
 	DefaultMinPatience   = time.Second
 	DefaultMaxPatience   = time.Minute
 )
+
+// A sample costs what the kernel needs to walk all the node's connections and to describe the application's, so sampling
+// is spaced by what it costs.
+const (
+	// drainShare: a drain spends at most one part in so many of a core on samples (5 %).
+	drainShare = 20
+	// learnShare: and Run one in so many (0.1 %), unless maxLearnInterval is shorter.
+	learnShare       = 1000
+	maxLearnInterval = 30 * time.Second
+)
+
+// probeAge is how old a connection may be to be taken for a probe of the kubelet, which opens one for each probe and
+// closes it after timeoutSeconds (1 s by default) at the latest.
+const probeAge = 10 * time.Second
 
 // ErrNoPorts is what Sample returns while no port is known: nothing can be measured.
 var ErrNoPorts = errors.New("no application port is known yet")
@@ -40,6 +60,13 @@ type SockdiagConfig struct {
 	// MaxPatience bounds what the patience may grow to by what Run learns; default 1 min. The longest drain is a good
 	// value.
 	MaxPatience time.Duration
+	// Addresses of the pod, IPv4 or IPv6, to start with; SetAddresses changes them. With some, only sockets at one of them
+	// count: for a pod in the host's network, where the sockets of others are seen too. Empty: all count.
+	Addresses []netip.Addr
+	// Nodes are the addresses from which the kubelet probes, to start with; SetNodes changes them.
+	Nodes []netip.Addr
+	// Own are this process's connections to the application, which don't count; nil: there are none.
+	Own *Own
 	// Logger; default none.
 	Logger *zap.Logger
 }
@@ -55,12 +82,17 @@ type Sockdiag struct {
 	cfg SockdiagConfig
 	log *zap.Logger
 
-	mu       sync.Mutex
-	ports    map[uint16]bool // number -> multiplexed
-	conns    map[uint64]*connection
-	round    uint64
-	activity uint64
-	longest  time.Duration
+	mu        sync.Mutex
+	ports     map[uint16]bool // number -> multiplexed
+	addresses []netip.Addr
+	nodes     []netip.Addr
+	request   diagRequest // nil when there are no ports
+	buf       []byte
+	conns     map[uint64]*connection
+	round     uint64
+	activity  uint64
+	longest   time.Duration
+	cost      time.Duration // CPU time of the last sample
 }
 
 // NewSockdiag checks cfg and that the kernel lets this process list sockets.
@@ -87,12 +119,15 @@ func NewSockdiag(cfg SockdiagConfig) (*Sockdiag, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
-	s := &Sockdiag{cfg: cfg, log: cfg.Logger, conns: map[uint64]*connection{}}
-	if err := s.SetPorts(cfg.Ports); err != nil {
+	s := &Sockdiag{cfg: cfg, log: cfg.Logger, conns: map[uint64]*connection{}, buf: make([]byte, diagBufferSize)}
+	if err := errors.Join(s.SetAddresses(cfg.Addresses), s.SetNodes(cfg.Nodes), s.SetPorts(cfg.Ports)); err != nil {
 		return nil, err
 	}
-	probe := diagRequest{lowest: 1, highest: 1}
-	if err := probe.dump(context.Background(), DefaultSampleTimeout, func(*socket) {}); err != nil {
+	probe, err := newDiagRequest([]uint16{1}, nil)
+	if err == nil {
+		err = probe.dump(context.Background(), s.buf, DefaultSampleTimeout, func(*socket) {})
+	}
+	if err != nil {
 		return nil, fmt.Errorf("sockdiag: %w", err)
 	}
 	return s, nil
@@ -103,19 +138,70 @@ func (s *Sockdiag) Name() string { return "sockdiag" }
 
 // SetPorts replaces the ports that are watched.
 func (s *Sockdiag) SetPorts(ports []Port) error {
-	byNumber := make(map[uint16]bool, len(ports))
-	for _, p := range ports {
-		if p.Number == 0 {
-			return errors.New("sockdiag: port is 0, must be 1 to 65535")
-		}
-		if multiplexed, ok := byNumber[p.Number]; ok && multiplexed != p.Multiplexed {
-			return fmt.Errorf("sockdiag: port %d is given as multiplexed and as not, must be one of them", p.Number)
-		}
-		byNumber[p.Number] = p.Multiplexed
+	byNumber, err := portsByNumber(ports)
+	if err != nil {
+		return fmt.Errorf("sockdiag: %w", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ports = byNumber
+	return s.set(byNumber, s.addresses)
+}
+
+// SetAddresses replaces the pod's addresses; see SockdiagConfig.Addresses.
+func (s *Sockdiag) SetAddresses(addrs []netip.Addr) error {
+	if err := checkAddresses("address", addrs); err != nil {
+		return fmt.Errorf("sockdiag: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.set(s.ports, plain(addrs))
+}
+
+func (s *Sockdiag) set(ports map[uint16]bool, addrs []netip.Addr) error {
+	var request diagRequest
+	if len(ports) > 0 {
+		var err error
+		if request, err = newDiagRequest(slices.Sorted(maps.Keys(ports)), addrs); err != nil {
+			return fmt.Errorf("sockdiag: %w", err)
+		}
+	}
+	s.ports, s.addresses, s.request = ports, addrs, request
+	return nil
+}
+
+// SetNodes replaces the addresses from which the kubelet probes: the node's own, and what the pod sees in their place,
+// which with many network plugins is its default gateway. What comes from there may be a client behind the node as well,
+// so it is waited for in any case; see Sample.Probes.
+func (s *Sockdiag) SetNodes(addrs []netip.Addr) error {
+	if err := checkAddresses("node", addrs); err != nil {
+		return fmt.Errorf("sockdiag: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.nodes = plain(addrs)
+	return nil
+}
+
+func portsByNumber(ports []Port) (map[uint16]bool, error) {
+	byNumber := make(map[uint16]bool, len(ports))
+	for _, p := range ports {
+		if p.Number == 0 {
+			return nil, errors.New("port is 0, must be 1 to 65535")
+		}
+		if multiplexed, ok := byNumber[p.Number]; ok && multiplexed != p.Multiplexed {
+			return nil, fmt.Errorf("port %d is given as multiplexed and as not, must be one of them", p.Number)
+		}
+		byNumber[p.Number] = p.Multiplexed
+	}
+	return byNumber, nil
+}
+
+func checkAddresses(what string, addrs []netip.Addr) error {
+	for _, a := range addrs {
+		if !a.IsValid() || a.IsUnspecified() {
+			return fmt.Errorf("%s is %v, must be an IP address of its own", what, a)
+		}
+	}
 	return nil
 }
 
@@ -131,11 +217,10 @@ func (s *Sockdiag) patience() time.Duration {
 	return min(max(s.longest, s.cfg.MinPatience), s.cfg.MaxPatience)
 }
 
-// Run samples every LearnInterval until ctx ends, to learn how long answers take and what each connection was last known
-// to do. It returns nil.
+// Run samples every LearnInterval, give or take a half, until ctx ends, to learn how long answers take and what each connection was last known
+// to do. It takes longer pauses where a sample is dear: at most 30 s, so that no more than 0.1 % of a core goes into it.
+// It returns nil.
 func (s *Sockdiag) Run(ctx context.Context) error {
-	tick := time.NewTicker(s.cfg.LearnInterval)
-	defer tick.Stop()
 	failing := false
 	for {
 		_, err := s.Sample(ctx)
@@ -150,81 +235,112 @@ func (s *Sockdiag) Run(ctx context.Context) error {
 		default:
 			failing = false
 		}
+		every := max(s.cfg.LearnInterval, min(s.pause(learnShare), maxLearnInterval))
+		// Spread, or it would always meet regular traffic at the same point.
+		pause := time.NewTimer(every/2 + rand.N(every))
 		select {
-		case <-tick.C:
+		case <-pause.C:
 		case <-ctx.Done():
+			pause.Stop()
 			return nil
 		}
 	}
+}
+
+// Pause is how long to leave the kernel alone after the last sample, for samples to take at most 5 % of a core.
+func (s *Sockdiag) Pause() time.Duration { return s.pause(drainShare) }
+
+func (s *Sockdiag) pause(share time.Duration) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cost * (share - 1)
 }
 
 // Sample lists the sockets of the application's ports and counts the answers owed.
 func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.ports) == 0 {
+	if s.request == nil {
 		return Sample{}, ErrNoPorts
 	}
-	req := diagRequest{lowest: 65535}
-	for number := range s.ports {
-		req.lowest, req.highest = min(req.lowest, number), max(req.highest, number)
-	}
+	// The kernel lists sockets on the caller's time.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	began := threadTime()
+	defer func() { s.cost = threadTime() - began }()
+
 	var result Sample
 	now := time.Now()
 	s.round++
 	longest := s.longest
-	err := req.dump(ctx, DefaultSampleTimeout, func(sock *socket) {
-		if multiplexed, ok := s.ports[sock.port]; ok {
-			s.count(&result, sock, multiplexed, now)
-		}
+	seen := 0
+	err := s.request.dump(ctx, s.buf, DefaultSampleTimeout, func(sock *socket) {
+		seen++
+		s.count(&result, sock, now)
 	})
 	if err != nil {
 		return Sample{}, err
 	}
 	// A dump may miss a socket while its neighbours come and go, so what is known is kept for one sample more.
-	for cookie, c := range s.conns {
-		if c.round+1 < s.round {
-			delete(s.conns, cookie)
+	if seen < len(s.conns) {
+		for cookie, c := range s.conns {
+			if c.round+1 < s.round {
+				delete(s.conns, cookie)
+			}
 		}
 	}
 	if s.patience() > min(max(longest, s.cfg.MinPatience), s.cfg.MaxPatience) {
 		s.log.Debug("longest answer seen", zap.Duration("took", s.longest))
 	}
+	if result.Probes > len(s.ports) {
+		result.Probes = 0 // the kubelet has one under way at a time
+	}
 	result.Activity = s.activity
 	return result, nil
 }
 
-// count adds one socket to result.
-func (s *Sockdiag) count(result *Sample, sock *socket, multiplexed bool, now time.Time) {
-	c := s.conns[sock.cookie]
-	if c == nil {
-		c = &connection{}
-		s.conns[sock.cookie] = c
-	} else if sock.info && c.received < sock.received && sock.state == stateEstablished {
-		s.activity++
+// threadTime is the CPU time that this thread has had.
+func threadTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		return 0
 	}
+	return time.Duration(ts.Nano())
+}
+
+// count adds one socket to result.
+func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
+	multiplexed := s.ports[sock.port]
+	c := s.conns[sock.cookie]
 	var known *connection
-	if !c.firstSeen.IsZero() {
+	if c == nil {
+		// What is there at the first sample may be of any age.
+		c = &connection{fresh: s.round > 1}
+		s.conns[sock.cookie] = c
+	} else {
 		known = c
+	}
+	c.round = s.round
+	if c.own = c.own || s.cfg.Own.has(sock.peer); c.own {
+		return
+	}
+	if known != nil && sock.info && c.received < sock.received && sock.state == stateEstablished {
+		s.activity++
 	}
 	cl := classify(sock, known)
 	took := c.update(sock, cl, now)
-	// What came before the first sample may be a stream of any age.
 	if !multiplexed && s.round > 1 {
 		s.longest = max(s.longest, took)
 	}
-	c.round = s.round
 
 	switch sock.state {
 	case stateEstablished, stateCloseWait, stateSynRecv:
 		result.Connections++
 	}
-	if multiplexed && sock.state == stateEstablished {
-		result.InFlight++
-		return
-	}
 	patience := s.patience()
 	switch {
+	case multiplexed && sock.state == stateEstablished:
+		result.InFlight++
 	case cl == owed:
 		result.InFlight++
 	case cl == unsure && sock.info && sock.receivedAge <= patience,
@@ -233,5 +349,10 @@ func (s *Sockdiag) count(result *Sample, sock *socket, multiplexed bool, now tim
 		cl == idle && c.pause > 0 && sock.sentAge <= max(2*c.pause, s.cfg.MinPatience):
 		result.InFlight++
 		result.Unsure++
+	default:
+		return
+	}
+	if c.fresh && now.Sub(c.firstSeen) < probeAge && slices.Contains(s.nodes, sock.peer.Addr()) {
+		result.Probes++
 	}
 }
