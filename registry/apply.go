@@ -36,6 +36,7 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 			return nil, fmt.Errorf("connecting to etcd: %w", err)
 		}
 		r.s.cli = cli
+		r.client.Store(cli)
 	}
 	farewell := d.State == lifecycle.Draining
 	for range maxRounds {
@@ -57,11 +58,16 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 			r.learn(resp.Responses, keys)
 			r.s.stale = false
 		}
+		if r.lookAtHold() {
+			continue
+		}
 		want, problem := r.arbitrate(plans)
+		problem = errors.Join(problem, r.s.badHold)
 		if r.s.stale { // a predecessor left keys that have not been read yet
 			continue
 		}
 		ifs, then := r.diff(want)
+		ifs = append(ifs, clientv3.Compare(clientv3.ModRevision(r.holdKey), "=", r.s.known[r.holdKey].rev))
 		if len(then) == 0 && !said {
 			r.rewatch(keys)
 			return problem, nil
@@ -162,12 +168,13 @@ func (r *Registrar) plans(d lifecycle.Desired, farewell bool) (plans []plan, sai
 	taken := map[string]string{}
 	about, refused := r.cfg.Attributes.of(d.Pod)
 	for _, in := range d.Instances {
+		in.Advertise = in.Advertise && r.s.hold == nil
 		p := plan{
 			ledger:  InstanceKey(r.cfg.Cluster, r.cfg.Namespace, in.Service, r.cfg.Pod),
 			wanted:  map[string]string{},
 			refused: refused,
 			record: Record{
-				Owner:     Owner{Cluster: r.cfg.Cluster, PodUID: r.cfg.PodUID, PodCreated: d.Pod.Created, Lease: LeaseID(r.s.lease), Agent: r.agent},
+				Owner:     r.owner(d, r.s.lease),
 				Namespace: r.cfg.Namespace, Service: in.Service, Pod: r.cfg.Pod,
 				Node: d.Pod.Node, Zone: in.Zone, Version: about.Version,
 				State: d.State.String(), Since: d.Since, Cause: d.Cause,
@@ -221,7 +228,11 @@ func (r *Registrar) plans(d lifecycle.Desired, farewell bool) (plans []plan, sai
 	return plans, said, nil
 }
 
-// keys are all keys that matter: those wanted and those known.
+func (r *Registrar) owner(d lifecycle.Desired, lease clientv3.LeaseID) Owner {
+	return Owner{Cluster: r.cfg.Cluster, PodUID: r.cfg.PodUID, PodCreated: d.Pod.Created, Lease: LeaseID(lease), Agent: r.agent}
+}
+
+// keys are all keys that matter: those wanted, those known, and the hold.
 func (r *Registrar) keys(plans []plan) []string {
 	set := map[string]bool{}
 	for k := range r.s.known {
@@ -232,6 +243,9 @@ func (r *Registrar) keys(plans []plan) []string {
 		for k := range p.wanted {
 			set[k] = true
 		}
+	}
+	if len(set) > 0 {
+		set[r.holdKey] = true
 	}
 	return slices.Sorted(maps.Keys(set))
 }

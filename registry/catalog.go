@@ -10,8 +10,11 @@ import (
 	"strings"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"usher.dev/usher/lifecycle"
 )
 
 const (
@@ -64,39 +67,54 @@ func (c *Catalog) List(ctx context.Context, namespace, service string) ([]Entry,
 
 func (c *Catalog) list(ctx context.Context, namespace, service string) ([]Entry, int64, error) {
 	prefix := c.prefix(namespace, service)
-	// Compaction may take the revision away between two pages. It happens every few minutes at most.
-	for range 3 {
-		entries, rev, err := c.listOnce(ctx, prefix, namespace, service)
-		if err == nil {
-			return entries, rev, nil
-		}
-		if !errors.Is(err, rpctypes.ErrCompacted) {
-			return nil, 0, fmt.Errorf("reading %s from etcd: %w", prefix, err)
-		}
-	}
-	return nil, 0, fmt.Errorf("reading %s from etcd: compacted faster than it could be read", prefix)
-}
-
-func (c *Catalog) listOnce(ctx context.Context, prefix, namespace, service string) ([]Entry, int64, error) {
 	var entries []Entry
-	var rev int64
-	from, end := prefix, clientv3.GetPrefixRangeEnd(prefix)
-	for {
-		resp, err := c.get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(catalogPage), clientv3.WithRev(rev))
-		if err != nil {
-			return nil, 0, err
+	rev, err := c.scan(ctx, prefix, catalogPage, func(first bool, kvs []*mvccpb.KeyValue) bool {
+		if first {
+			entries = nil
 		}
-		if rev == 0 {
-			rev = resp.Header.Revision
-		}
-		for _, kv := range resp.Kvs {
+		for _, kv := range kvs {
 			if e, ok := c.entry(string(kv.Key), namespace, service); ok {
 				e.fill(kv.Value, kv.Lease, kv.ModRevision)
 				entries = append(entries, e)
 			}
 		}
-		if !resp.More {
-			return entries, rev, nil
+		return true
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	return entries, rev, nil
+}
+
+// scan hands over all keys under prefix in their order and as of one revision, at most limit at a time, until more is
+// false. first says that they begin, or begin anew.
+func (c *Catalog) scan(ctx context.Context, prefix string, limit int64, page func(first bool, kvs []*mvccpb.KeyValue) (more bool)) (rev int64, err error) {
+	// Compaction may take the revision away between two pages. It happens every few minutes at most.
+	for range 3 {
+		rev, err := c.scanOnce(ctx, prefix, limit, page)
+		if err == nil {
+			return rev, nil
+		}
+		if !errors.Is(err, rpctypes.ErrCompacted) {
+			return 0, fmt.Errorf("reading %s from etcd: %w", prefix, err)
+		}
+	}
+	return 0, fmt.Errorf("reading %s from etcd: compacted faster than it could be read", prefix)
+}
+
+func (c *Catalog) scanOnce(ctx context.Context, prefix string, limit int64, page func(first bool, kvs []*mvccpb.KeyValue) bool) (rev int64, err error) {
+	from, end := prefix, clientv3.GetPrefixRangeEnd(prefix)
+	for {
+		resp, err := c.get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(limit), clientv3.WithRev(rev))
+		if err != nil {
+			return 0, err
+		}
+		first := rev == 0
+		if first {
+			rev = resp.Header.Revision
+		}
+		if !page(first, resp.Kvs) || !resp.More {
+			return rev, nil
 		}
 		from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
 	}
@@ -118,18 +136,24 @@ func (c *Catalog) prefix(namespace, service string) string {
 
 // entry takes a key apart, and says whether it is one that is asked for.
 func (c *Catalog) entry(key, namespace, service string) (Entry, bool) {
-	cluster, rest, ok := strings.Cut(strings.TrimPrefix(key, Root), "/instances/")
-	if !ok || strings.Contains(cluster, "/") || (c.cluster != "" && cluster != c.cluster) {
+	e := Entry{Key: key}
+	if !c.cut(key, "instances", &e.Cluster, &e.Namespace, &e.Service, &e.Pod) {
 		return Entry{}, false
 	}
-	e := Entry{Key: key, Cluster: cluster}
-	parts := strings.SplitN(rest, "/", 3)
-	for i, field := range []*string{&e.Namespace, &e.Service, &e.Pod} {
-		if i < len(parts) {
-			*field = parts[i]
-		}
-	}
 	return e, (namespace == "" || e.Namespace == namespace) && (service == "" || e.Service == service)
+}
+
+// cut takes a key of one kind apart as far as it goes, and says whether it is of that kind and of the Catalog's cluster.
+func (c *Catalog) cut(key, kind string, cluster *string, fields ...*string) bool {
+	name, rest, ok := strings.Cut(strings.TrimPrefix(key, Root), "/"+kind+"/")
+	if !ok || strings.Contains(name, "/") || (c.cluster != "" && name != c.cluster) {
+		return false
+	}
+	*cluster = name
+	for i, part := range strings.SplitN(rest, "/", len(fields)) {
+		*fields[i] = part
+	}
+	return true
 }
 
 func (e *Entry) fill(value []byte, lease, modRevision int64) {
@@ -361,4 +385,68 @@ func (c *Catalog) Standing(ctx context.Context, e Entry) (Standing, error) {
 		}
 	}
 	return s, nil
+}
+
+// VerdictEntry is one verdict of the ledger.
+type VerdictEntry struct {
+	Key string
+	// Cluster, Namespace, Pod and PodUID are the key's. They are set as far as the key has them.
+	Cluster, Namespace, Pod, PodUID string
+	// Verdict is zero when Err is set.
+	Verdict Verdict
+	// Err says why the value is no verdict. It wraps ErrNotARecord.
+	Err error
+	// Lease is the one that the key is under, whatever the value says. 0 is none.
+	Lease LeaseID
+}
+
+// Verdicts reads the verdicts that are still kept: on all Pods of one name, of a namespace (pod empty), or of all
+// namespaces (namespace empty). The newest is first, and what is no verdict last.
+func (c *Catalog) Verdicts(ctx context.Context, namespace, pod string) ([]VerdictEntry, error) {
+	prefix := Root
+	if c.cluster != "" {
+		prefix = VerdictPrefix(c.cluster, namespace, pod)
+	}
+	var entries []VerdictEntry
+	_, err := c.scan(ctx, prefix, catalogPage, func(first bool, kvs []*mvccpb.KeyValue) bool {
+		if first {
+			entries = nil
+		}
+		for _, kv := range kvs {
+			e := VerdictEntry{Key: string(kv.Key), Lease: LeaseID(kv.Lease)}
+			if !c.cut(e.Key, "verdicts", &e.Cluster, &e.Namespace, &e.Pod, &e.PodUID) ||
+				namespace != "" && e.Namespace != namespace || pod != "" && e.Pod != pod {
+				continue
+			}
+			e.Verdict, e.Err = DecodeVerdict(e.Key, kv.Value)
+			entries = append(entries, e)
+		}
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.SortStableFunc(entries, func(a, b VerdictEntry) int { return b.Verdict.Released.Compare(a.Verdict.Released) })
+	return entries, nil
+}
+
+// Hold reads the hold on a Pod; nil when there is none. A value that is no hold is an error that wraps ErrNotARecord. It
+// needs a Catalog of one cluster.
+func (c *Catalog) Hold(ctx context.Context, namespace, podUID string) (*lifecycle.Hold, error) {
+	if err := checkPod(c.cluster, namespace, podUID); err != nil {
+		return nil, fmt.Errorf("reading a hold: %w", err)
+	}
+	key := HoldKey(c.cluster, namespace, podUID)
+	resp, err := c.get(ctx, key)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s from etcd: %w", key, err)
+	}
+	if len(resp.Kvs) == 0 {
+		return nil, nil
+	}
+	h, err := DecodeHold(key, resp.Kvs[0].Value)
+	if err != nil {
+		return nil, err
+	}
+	return &h, nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"time"
@@ -78,11 +79,15 @@ func InstanceKey(cluster, namespace, service, pod string) string {
 
 // InstancePrefix is the ledger's prefix of a Service, of a namespace (service "") or of a cluster (both "").
 func InstancePrefix(cluster, namespace, service string) string {
-	p := Root + cluster + "/instances/"
+	return prefixOf(cluster, "instances", namespace, service)
+}
+
+func prefixOf(cluster, kind, namespace, name string) string {
+	p := Root + cluster + "/" + kind + "/"
 	if namespace != "" {
 		p += namespace + "/"
-		if service != "" {
-			p += service + "/"
+		if name != "" {
+			p += name + "/"
 		}
 	}
 	return p
@@ -95,23 +100,40 @@ func (r Record) Encode() ([]byte, error) { return json.Marshal(r) }
 // version are ignored.
 func DecodeRecord(key string, value []byte) (Record, error) {
 	var r Record
-	dec := json.NewDecoder(bytes.NewReader(value))
-	if err := dec.Decode(&r); err != nil {
-		return Record{}, fmt.Errorf("%w: key %s: %v", ErrNotARecord, key, err)
+	if err := decode(key, value, &r); err != nil {
+		return Record{}, err
 	}
-	if dec.More() {
-		return Record{}, fmt.Errorf("%w: key %s: more than one JSON value", ErrNotARecord, key)
-	}
-	for _, f := range []struct{ name, value string }{
-		{"owner.cluster", r.Owner.Cluster}, {"owner.podUID", r.Owner.PodUID}, {"owner.agent", r.Owner.Agent},
-		{"namespace", r.Namespace}, {"service", r.Service}, {"pod", r.Pod}, {"state", r.State},
-	} {
-		if f.value == "" {
-			return Record{}, fmt.Errorf("%w: key %s: field %s is missing or empty", ErrNotARecord, key, f.name)
-		}
+	err := present(key, field{"owner.cluster", r.Owner.Cluster}, field{"owner.podUID", r.Owner.PodUID}, field{"owner.agent", r.Owner.Agent},
+		field{"namespace", r.Namespace}, field{"service", r.Service}, field{"pod", r.Pod}, field{"state", r.State})
+	if err != nil {
+		return Record{}, err
 	}
 	if want := InstanceKey(r.Owner.Cluster, r.Namespace, r.Service, r.Pod); key != want {
 		return Record{}, fmt.Errorf("%w: key %s: the value speaks of %s", ErrNotARecord, key, strings.TrimPrefix(want, Root))
 	}
 	return r, nil
+}
+
+// decode reads one JSON value.
+func decode(key string, value []byte, into any) error {
+	dec := json.NewDecoder(bytes.NewReader(value))
+	if err := dec.Decode(into); err != nil {
+		return fmt.Errorf("%w: key %s: %v", ErrNotARecord, key, err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return fmt.Errorf("%w: key %s: more than one JSON value", ErrNotARecord, key)
+	}
+	return nil
+}
+
+type field struct{ name, value string }
+
+// present refuses a value that lacks a field.
+func present(key string, fields ...field) error {
+	for _, f := range fields {
+		if f.value == "" {
+			return fmt.Errorf("%w: key %s: field %s is missing or empty", ErrNotARecord, key, f.name)
+		}
+	}
+	return nil
 }

@@ -49,6 +49,12 @@ type Config struct {
 	Attributes Attributes
 	// TTL of the lease in whole seconds; 0 means DefaultTTL.
 	TTL time.Duration
+	// VerdictTTL, in whole seconds, is how long the verdict of a shutdown stays in the ledger; 0 means DefaultVerdictTTL,
+	// less than 0 that none is written.
+	VerdictTTL time.Duration
+	// OnHold is called from the registrar's goroutine with the hold that is found on the Pod, and with nil when it is over;
+	// it must not block. Until the first call there is none.
+	OnHold func(*lifecycle.Hold)
 	// OnChange is called from the registrar's goroutine whenever the status changes; it must not block.
 	OnChange func(lifecycle.RegistryStatus)
 	Logger   *zap.Logger
@@ -77,7 +83,9 @@ type Registrar struct {
 	cfg      Config
 	log      *zap.Logger
 	agent    string // this process, in Owner.Agent
+	holdKey  string
 	Counters Counters
+	client   atomic.Pointer[clientv3.Client] // session.cli, once there is one
 
 	mu      sync.Mutex
 	desired *lifecycle.Desired
@@ -86,6 +94,7 @@ type Registrar struct {
 	said    error         // of the last attempt: all that is not as desired
 	kept    error         // of the last attempt: what kept it from being carried out
 	changed chan struct{} // closed and replaced at each change of these
+	abandon func()        // ends what a new desire makes pointless; nil: there is nothing like that
 
 	wake chan struct{} // Set was called
 	s    session       // of Run's goroutine only
@@ -108,6 +117,14 @@ type session struct {
 	stopWatch context.CancelFunc
 	watched   []string
 	events    chan event // of the present watch
+
+	hold     *lifecycle.Hold // as last told; nil: none
+	badHold  error           // what stands in place of one
+	holdEnds *time.Timer
+
+	keptVerdict  *lifecycle.Verdict // that the ledger got last
+	verdictLease clientv3.LeaseID   // granted for the next one
+	verdictErr   error              // why the present one has not been kept yet
 
 	status lifecycle.RegistryStatus
 }
@@ -144,6 +161,12 @@ func New(cfg Config) (*Registrar, error) {
 	if cfg.TTL < MinTTL || cfg.TTL%time.Second != 0 {
 		return nil, fmt.Errorf("lease TTL %s: want whole seconds, at least %s", cfg.TTL, MinTTL)
 	}
+	switch {
+	case cfg.VerdictTTL == 0:
+		cfg.VerdictTTL = DefaultVerdictTTL
+	case cfg.VerdictTTL > 0 && cfg.VerdictTTL%time.Second != 0:
+		return nil, fmt.Errorf("verdict TTL %s: want whole seconds, or less than 0 to keep no verdict", cfg.VerdictTTL)
+	}
 	if cfg.Dial == nil {
 		return nil, errors.New("no way to dial etcd")
 	}
@@ -156,8 +179,11 @@ func New(cfg Config) (*Registrar, error) {
 	if cfg.OnChange == nil {
 		cfg.OnChange = func(lifecycle.RegistryStatus) {}
 	}
+	if cfg.OnHold == nil {
+		cfg.OnHold = func(*lifecycle.Hold) {}
+	}
 	return &Registrar{
-		cfg: cfg, log: cfg.Logger, agent: rand.Text(),
+		cfg: cfg, log: cfg.Logger, agent: rand.Text(), holdKey: HoldKey(cfg.Cluster, cfg.Namespace, cfg.PodUID),
 		changed: make(chan struct{}),
 		wake:    make(chan struct{}, 1),
 		s: session{
@@ -201,6 +227,9 @@ func checkOverlap(formats map[string][]NamedFormat) error {
 func (r *Registrar) Set(d lifecycle.Desired) {
 	r.mu.Lock()
 	r.desired, r.gen = &d, r.gen+1
+	if r.abandon != nil {
+		r.abandon()
+	}
 	r.broadcast()
 	r.mu.Unlock()
 	select {
@@ -248,6 +277,9 @@ func (r *Registrar) Run(ctx context.Context) error {
 	defer verify.Stop()
 	retry := time.NewTimer(time.Hour)
 	retry.Stop()
+	r.s.holdEnds = time.NewTimer(time.Hour)
+	defer r.s.holdEnds.Stop()
+	r.s.holdEnds.Stop()
 	var attempts, watches pause
 	// Records that are still in etcd are to be taken over before their lease ends.
 	longest := min(maxBackoff, r.cfg.TTL/3)
@@ -283,6 +315,7 @@ func (r *Registrar) Run(ctx context.Context) error {
 				retry.Reset(wait)
 				continue
 			}
+		case <-r.s.holdEnds.C:
 		case <-verify.C:
 			r.s.stale = true
 		case <-retry.C:
@@ -340,12 +373,49 @@ func (r *Registrar) converge(ctx context.Context) bool {
 	if err != nil && ctx.Err() != nil {
 		return false // the end, not a failure
 	}
-	now := errors.Join(problem, err)
+	if d.Verdict == nil {
+		r.s.verdictErr = nil
+	}
+	if err == nil && r.owesVerdict(*d) {
+		// What consumers see is told first, and a new desire comes before the verdict on what was.
+		r.report(d.State, 0, problem, r.s.verdictErr)
+		keep, done := r.untilDesireAfter(ctx, gen)
+		err = r.keepVerdict(keep, *d)
+		pointless := keep.Err() != nil
+		done()
+		if err != nil && pointless {
+			return ctx.Err() == nil
+		}
+		r.s.verdictErr = err
+	}
+	return r.report(d.State, gen, problem, err)
+}
 
+// untilDesireAfter ends with ctx, and with the next Set after that of gen. done is to be called.
+func (r *Registrar) untilDesireAfter(ctx context.Context, gen uint64) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.abandon = cancel
+	if r.gen != gen {
+		cancel()
+	}
+	return ctx, func() {
+		cancel()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.abandon = nil
+	}
+}
+
+// report tells of an attempt, and says whether all is as desired. gen is what etcd matches without an err; 0 when more
+// is to be done for it.
+func (r *Registrar) report(state lifecycle.State, gen uint64, problem, err error) bool {
+	now := errors.Join(problem, err)
 	r.mu.Lock()
 	before := r.said
 	r.said, r.kept = now, err
-	if err == nil {
+	if err == nil && gen != 0 {
 		r.applied = gen // a problem is nothing that waiting would mend
 	}
 	r.broadcast()
@@ -353,10 +423,10 @@ func (r *Registrar) converge(ctx context.Context) bool {
 
 	switch {
 	case now == nil && before != nil:
-		r.log.Info("registry as desired again", zap.Stringer("state", d.State))
+		r.log.Info("registry as desired again", zap.Stringer("state", state))
 	case now == nil || before != nil && before.Error() == now.Error():
 	case err != nil:
-		r.log.Warn("registry not as desired, retrying", zap.Stringer("state", d.State), zap.Error(err))
+		r.log.Warn("registry not as desired, retrying", zap.Stringer("state", state), zap.Error(err))
 	default:
 		r.Counters.Conflicts.Add(1)
 		r.log.Error("registry left alone", zap.Error(problem))

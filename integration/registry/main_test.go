@@ -64,12 +64,26 @@ func (w *world) check() {
 		if ev.Kv.Lease == 0 {
 			w.t.Errorf("revision %d: %s was put without a lease", rev, ev.Kv.Key)
 		}
-		if strings.HasPrefix(string(ev.Kv.Key), registry.Root) {
-			if rec, err := registry.DecodeRecord(string(ev.Kv.Key), ev.Kv.Value); err != nil {
-				w.t.Errorf("revision %d: %v", rev, err)
-			} else if int64(rec.Owner.Lease) != ev.Kv.Lease {
-				w.t.Errorf("revision %d: the ledger names lease %s, and is under %x", rev, rec.Owner.Lease, ev.Kv.Lease)
-			}
+		lease, name := registry.LeaseID(ev.Kv.Lease), string(ev.Kv.Key)
+		var err error
+		switch {
+		case strings.HasPrefix(name, registry.InstancePrefix(cluster, "", "")):
+			var rec registry.Record
+			rec, err = registry.DecodeRecord(name, ev.Kv.Value)
+			lease = rec.Owner.Lease
+		case strings.HasPrefix(name, registry.VerdictPrefix(cluster, "", "")):
+			var v registry.Verdict
+			v, err = registry.DecodeVerdict(name, ev.Kv.Value)
+			lease = v.Owner.Lease
+		case strings.HasPrefix(name, registry.HoldKey(cluster, namespace, "")):
+			_, err = registry.DecodeHold(name, ev.Kv.Value)
+		case strings.HasPrefix(name, registry.Root):
+			w.t.Errorf("revision %d: %s is no key of the ledger", rev, name)
+		}
+		if err != nil {
+			w.t.Errorf("revision %d: %v", rev, err)
+		} else if int64(lease) != ev.Kv.Lease {
+			w.t.Errorf("revision %d: %s names lease %s, and is under %x", rev, name, lease, ev.Kv.Lease)
 		}
 	}
 }
@@ -187,6 +201,8 @@ type spec struct {
 	formats  []format.Spec // of each Service, beside grpc
 	conn     registry.Connection
 	wrap     func(*clientv3.Client) // last changes to the client
+
+	verdictTTL time.Duration
 }
 
 // agent is a registrar that runs.
@@ -199,6 +215,7 @@ type agent struct {
 
 	mu       sync.Mutex
 	statuses []lifecycle.RegistryStatus
+	holds    []*lifecycle.Hold // as told
 	client   *clientv3.Client
 }
 
@@ -239,7 +256,12 @@ func (w *world) start(s spec) *agent {
 	}
 	r, err := registry.New(registry.Config{
 		Cluster: cluster, Namespace: namespace, Pod: pod, PodUID: s.uid, TTL: s.ttl, Formats: formats,
-		Dial: a.dial,
+		Dial: a.dial, VerdictTTL: s.verdictTTL,
+		OnHold: func(h *lifecycle.Hold) {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			a.holds = append(a.holds, h)
+		},
 		OnChange: func(st lifecycle.RegistryStatus) {
 			a.mu.Lock()
 			defer a.mu.Unlock()
