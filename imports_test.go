@@ -39,6 +39,10 @@ var rules = []rule{
 		why: "it decides; what it needs of Kubernetes, etcd and the kernel it declares as an interface, and its tests need none of them",
 	},
 	{
+		of: module + "/lifecycle/health", only: []string{"go.uber.org/zap", "google.golang.org/grpc", module + "/lifecycle", module + "/internal/api"},
+		why: "it asks applications and answers those who ask, over HTTP and gRPC",
+	},
+	{
 		of: module + "/lifecycle/health/probe", only: []string{"go.uber.org/zap", "google.golang.org/grpc"},
 		why: "of all below lifecycle, only the grpc probe needs a client",
 	},
@@ -248,7 +252,9 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		{"lifecycle", "github.com/x/y", `lifecycle imports github.com/x/y, but may import only the standard library`},
 		{"lifecycle", "far", `lifecycle -> far -> k8s.io/api must never import k8s.io`},
 		{"lifecycle/health", "far", `lifecycle/health -> far -> k8s.io/api must never import k8s.io`},
-		{"lifecycle/health", "google.golang.org/grpc", `lifecycle/health imports google.golang.org/grpc, but may import only`},
+		{"lifecycle", "google.golang.org/grpc", `lifecycle imports google.golang.org/grpc, but may import only`},
+		{"lifecycle/health", "google.golang.org/grpc", ``},
+		{"lifecycle/health", module + "/drain", `lifecycle/health imports usher.dev/usher/drain, but may`},
 		{"lifecycle/health/probe", "google.golang.org/grpc/codes", ``},
 		{"lifecycle/health/probe", module + "/drain", `lifecycle/health/probe imports usher.dev/usher/drain, but may`},
 		{"watcher", module + "/drain", `watcher -> usher.dev/usher/drain must never import usher.dev/usher/drain`},
