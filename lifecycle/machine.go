@@ -379,15 +379,15 @@ func (m *Machine) settle() {
 		m.desired = want
 		m.cfg.Registrar.Set(want)
 	}
-	if s := m.current; s != nil && !s.guarded && s.withdrawn != nil {
-		close(s.withdrawn)
-		s.withdrawn = nil
-	}
 
 	m.publish()
 	if t.From != t.State {
 		m.logTransition(t)
 		m.cfg.OnTransition(t)
+	}
+	if s := m.current; s != nil && !s.guarded && s.withdrawn != nil {
+		close(s.withdrawn) // whoever was told by then is waited for
+		s.withdrawn = nil
 	}
 }
 

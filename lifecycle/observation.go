@@ -43,6 +43,8 @@ type Pod struct {
 	// Restarts is the sum of the restart counts of the Hooked containers, or, without any, of the Unhooked ones: of those
 	// that serve, not of what runs beside them, as far as the Pod tells.
 	Restarts int
+	// Restarted is when the last of them started that is running now; zero for not known.
+	Restarted time.Time
 	// Disrupted is the condition DisruptionTarget (eviction, preemption, taint manager).
 	Disrupted bool
 

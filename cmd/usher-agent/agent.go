@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -21,6 +22,8 @@ import (
 
 	"usher.dev/usher/drain"
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/lifecycle/health"
+	"usher.dev/usher/notify"
 	"usher.dev/usher/registry"
 	"usher.dev/usher/registry/format"
 	"usher.dev/usher/watcher"
@@ -33,23 +36,38 @@ const (
 	lastWord = 200 * time.Millisecond
 )
 
+var (
+	errStopped = errors.New("stopped by a signal")
+	errExited  = errors.New("the application has exited")
+)
+
 // agent is the packages put together.
 type agent struct {
 	cfg       config
 	log       *zap.Logger
-	watcher   *watcher.Watcher
+	watcher   *watcher.Watcher // nil without Kubernetes, as is the recorder
 	recorder  *watcher.Recorder
+	alone     *standalone // nil with Kubernetes
+	child     *child      // nil unless the agent runs the application
 	registrar *registry.Registrar
 	machine   *lifecycle.Machine
 	sockdiag  *drain.Sockdiag // nil when it isn't a source, or the kernel refuses it
 	progress  atomic.Pointer[drain.Progress]
 	hook      hook
 	readiness *readiness
-	metrics   *metrics
-	servers   []server
+	health    *health.Health
+	hub       *notify.Hub
+	receivers *notify.Receivers
+	// healthGRPC serves grpc.health.v1; nil unless wanted.
+	healthGRPC func(context.Context) error
+	metrics    *metrics
+	servers    []server
 
 	// registeredOnce is of the registrar's goroutine only.
 	registeredOnce bool
+	// restarts are of the watcher's goroutine only.
+	restarts     int
+	restartsSeen bool
 }
 
 type server struct {
@@ -80,7 +98,9 @@ func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 		Formats:    formats,
 		Attributes: cfg.Attributes,
 		TTL:        cfg.LeaseTTL,
+		VerdictTTL: cfg.VerdictTTL,
 		OnChange:   a.registryChanged,
+		OnHold:     func(h *lifecycle.Hold) { a.machine.SetHold(h) },
 		Logger:     log.Named("registry"),
 	})
 	if err != nil {
@@ -91,42 +111,71 @@ func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.machine, err = lifecycle.New(lifecycle.Config{
-		Registrar: a.registrar, Drainer: drainer, Budget: cfg.Budget, Quiet: cfg.Quiet,
-		OnTransition: a.transition,
-		Logger:       log.Named("lifecycle"),
-	})
+	if err := a.newHealth(); err != nil {
+		return nil, err
+	}
+	machine := lifecycle.Config{
+		Registrar: a.registrar, Drainer: drainer, Budget: cfg.Budget, Quiet: cfg.Quiet, Announcer: a.receivers,
+		OnTransition: a.transition, OnHold: a.held,
+		Logger: log.Named("lifecycle"),
+	}
+	if cfg.MinAvailable > 0 {
+		machine.Guard = guard{a.registrar, cfg.MinAvailable}
+	}
+	a.machine, err = lifecycle.New(machine)
 	if err != nil {
 		return nil, err
 	}
 
+	if cfg.Readiness == readinessProbe {
+		a.alone = newStandalone(cfg)
+	} else if err := a.watch(); err != nil {
+		return nil, err
+	}
+	a.metrics = newMetrics(a)
+	return a, a.listen()
+}
+
+// watch makes what sees Kubernetes, and tells it Events.
+func (a *agent) watch() error {
+	cfg := a.cfg
 	rest, err := watcher.RESTConfig(cfg.Kubeconfig)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	client, err := watcher.NewClient(rest)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	names := make([]string, len(cfg.Services))
 	for i, s := range cfg.Services {
 		names[i] = s.Name
 	}
 	a.watcher, err = watcher.New(watcher.Config{
-		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, PodIPs: cfg.PodIPs, Services: names,
-		Client: client, OnObservation: a.observed, Logger: log.Named("watcher"),
+		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, PodIPs: cfg.PodIPs, Services: names, HookPort: hookPort(cfg.HookAddress),
+		Client: client, OnObservation: a.observed, Logger: a.log.Named("watcher"),
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	a.recorder, err = watcher.NewRecorder(watcher.RecorderConfig{
-		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, Node: cfg.Node, Client: client, Logger: log.Named("events"),
+		Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID, Node: cfg.Node, Client: client, Logger: a.log.Named("events"),
 	})
-	if err != nil {
-		return nil, err
+	return err
+}
+
+// hookPort is 0 for an address without a number.
+func hookPort(address string) uint16 {
+	_, port, _ := net.SplitHostPort(address)
+	n, _ := strconv.ParseUint(port, 10, 16)
+	return uint16(n)
+}
+
+// event writes a Kubernetes Event, where there is Kubernetes.
+func (a *agent) event(kind, reason, message string) {
+	if a.recorder != nil {
+		a.recorder.Event(kind, reason, message)
 	}
-	a.metrics = newMetrics(a)
-	return a, a.listen()
 }
 
 // newDrainer builds the configured sources.
@@ -146,6 +195,18 @@ func (a *agent) newDrainer() (lifecycle.Drainer, error) {
 			sources = append(sources, s)
 		case sourceHTTP:
 			s, err := drain.NewHTTP(drain.HTTPConfig{URL: a.cfg.InFlightURL, Field: a.cfg.InFlightField})
+			if err != nil {
+				return nil, err
+			}
+			sources = append(sources, s)
+		case sourcePrometheus:
+			s, err := drain.NewPrometheus(drain.PrometheusConfig{URL: a.cfg.InFlightMetricsURL, Metric: a.cfg.InFlightMetric})
+			if err != nil {
+				return nil, err
+			}
+			sources = append(sources, s)
+		case sourceExec:
+			s, err := drain.NewExec(drain.ExecConfig{Command: a.cfg.InFlightCommand})
 			if err != nil {
 				return nil, err
 			}
@@ -172,6 +233,14 @@ type unusable struct {
 func (u unusable) Name() string                                 { return u.name }
 func (u unusable) Sample(context.Context) (drain.Sample, error) { return drain.Sample{}, u.err }
 
+// guard is what lifecycle wants of the registry, for a number of others.
+type guard struct {
+	registrar *registry.Registrar
+	least     int
+}
+
+func (g guard) Wait(ctx context.Context) error { return g.registrar.WaitOthers(ctx, g.least) }
+
 // drainer is what lifecycle wants of drain.
 type drainer struct{ *drain.Drainer }
 
@@ -180,7 +249,7 @@ func (d drainer) Wait(ctx context.Context, settled time.Time) lifecycle.DrainRes
 	out := lifecycle.DrainResult{
 		Outcome: map[drain.Outcome]lifecycle.Outcome{
 			drain.Quiet: lifecycle.Drained, drain.Floor: lifecycle.Unmeasured, drain.Skipped: lifecycle.Skipped,
-			drain.Deadline: lifecycle.TimedOut, drain.Forced: lifecycle.TimedOut,
+			drain.Deadline: lifecycle.TimedOut, drain.Forced: lifecycle.Forced,
 		}[r.Outcome],
 		InFlight: r.InFlight, Unsure: r.Unsure,
 	}
@@ -215,11 +284,18 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 		})
 		return &wg
 	}
-	recorder := start("events", a.recorder.Run, telling)
 	registrar := start("registry", a.registrar.Run, writing)
-	machine := start("lifecycle", a.machine.Run, deciding)
-	watcher := start("watcher", a.watcher.Run, deciding)
-	waits := []*sync.WaitGroup{machine, watcher}
+	waits := []*sync.WaitGroup{start("lifecycle", a.machine.Run, deciding), start("health", a.health.Run, deciding)}
+	tellers := []*sync.WaitGroup{start("notify", a.receivers.Run, telling)}
+	if a.healthGRPC != nil {
+		waits = append(waits, start("grpc.health.v1", a.healthGRPC, deciding))
+	}
+	if a.watcher != nil {
+		tellers = append(tellers, start("events", a.recorder.Run, telling))
+		waits = append(waits, start("watcher", a.watcher.Run, deciding))
+	} else {
+		a.observed(a.alone.observe(lifecycle.Availability{}))
+	}
 	if a.sockdiag != nil {
 		waits = append(waits, start("sockdiag", a.sockdiag.Run, deciding))
 	}
@@ -233,30 +309,30 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 	}
 
 	var err error
-	select {
-	case err = <-failed:
-	case <-ctx.Done():
-	case sig := <-signals:
-		a.log.Info("signal", zap.Stringer("signal", sig))
-		ctx, giveUp := context.WithCancel(ctx)
-		go func() {
-			select {
-			case <-signals: // an impatient person's second Ctrl-C
-				giveUp()
-			case <-ctx.Done():
+	if len(a.cfg.Command) > 0 {
+		a.child, err = startChild(a.cfg.Command, a.log.Named("application"))
+	}
+	for err == nil {
+		select {
+		case err = <-failed:
+			a.child.stop(syscall.SIGTERM, signals)
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-a.child.exited():
+			err = errExited
+		case sig := <-signals:
+			if !ends(sig) {
+				a.child.signal(sig)
+				continue
 			}
-		}()
-		if v, serr := a.machine.Stop(ctx, lifecycle.CauseSignal); serr == nil {
-			a.log.Info("stopped", zap.String("verdict", v.Message()))
+			a.stop(ctx, sig, signals)
+			err = errStopped
 		}
-		word, cancel := context.WithTimeout(ctx, lastWord)
-		a.registrar.Sync(word) // that it failed is in the log
-		cancel()
-		giveUp()
 	}
 
 	flush, cancel := context.WithTimeout(ctx, flushTimeout)
 	defer cancel()
+	a.hub.Close() // whoever follows gets the last event, and the servers can end
 	for _, s := range a.servers {
 		if serr := s.Shutdown(flush); serr != nil {
 			s.Close()
@@ -269,13 +345,49 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 	stopWriting()
 	registrar.Wait()
 	stopTelling()
-	recorder.Wait()
+	for _, wg := range tellers {
+		wg.Wait()
+	}
 	return err
+}
+
+// stop is the way from a signal to the application's end.
+func (a *agent) stop(ctx context.Context, sig os.Signal, signals <-chan os.Signal) {
+	a.log.Info("signal", zap.Stringer("signal", sig))
+	draining, giveUp := context.WithCancel(ctx)
+	impatience := make(chan struct{})
+	go func() {
+		defer close(impatience)
+		for times := 2; ; times++ {
+			select {
+			case <-signals: // an impatient person's second Ctrl-C
+				a.machine.Force("a second signal")
+				if times > 2 {
+					giveUp()
+				}
+			case <-draining.Done():
+				return
+			}
+		}
+	}()
+	if v, err := a.machine.Stop(draining, lifecycle.CauseSignal); err == nil {
+		a.log.Info("stopped", zap.String("verdict", v.Message()))
+	}
+	word, cancel := context.WithTimeout(draining, lastWord)
+	a.registrar.Sync(word) // that it failed is in the log
+	cancel()
+	giveUp()
+	<-impatience
+	a.child.stop(sig, signals)
 }
 
 // observed is called from the watcher's goroutine.
 func (a *agent) observed(o lifecycle.Observation) {
 	a.readiness.observed(o)
+	if a.alone == nil {
+		a.missesHook(o.Pod)
+		a.restarted(o.Pod)
+	}
 	if a.sockdiag != nil {
 		if ports := a.ports(o); len(ports) > 0 {
 			if err := a.sockdiag.SetPorts(ports); err != nil {
@@ -284,6 +396,21 @@ func (a *agent) observed(o lifecycle.Observation) {
 		}
 	}
 	a.machine.Observe(o)
+}
+
+// missesHook warns, once, of a pod in which nothing makes SIGTERM wait: its instance leaves the registry when the pod's
+// deletion is seen, and the application may be gone before its consumers know.
+func (a *agent) missesHook(p lifecycle.Pod) {
+	if !p.Known || p.Gone {
+		return
+	}
+	missing := len(p.Hooked) == 0
+	if missing && !a.hook.missing.Swap(missing) {
+		const advice = "no container has a preStop hook that leads to the agent, so SIGTERM won't wait for the drain: add lifecycle.preStop.httpGet (path /prestop, the agent's port) or exec usher-prestop"
+		a.log.Warn("preStop hook missing", zap.Strings("containers", p.Unhooked), zap.String("advice", advice))
+		a.event("Warning", "PreStopMissing", strings.ToUpper(advice[:1])+advice[1:])
+	}
+	a.hook.missing.Store(missing)
 }
 
 // ports are those that consumers may have connections to: the endpoint's, and numbers that a format names.
@@ -340,17 +467,18 @@ func (a *agent) registryChanged(s lifecycle.RegistryStatus) {
 	case s.Advertised && !a.registeredOnce:
 		a.registeredOnce = true
 		a.log.Info("registered", zap.Strings("keys", s.Keys), zap.String("lease", s.Lease))
-		a.recorder.Event("Normal", "Registered", fmt.Sprintf("Registered in etcd under lease %s: %s", s.Lease, strings.Join(s.Keys, ", ")))
+		a.event("Normal", "Registered", fmt.Sprintf("Registered in etcd under lease %s: %s", s.Lease, strings.Join(s.Keys, ", ")))
 	case !s.Advertised && a.registeredOnce && s.InSync:
 		a.registeredOnce = false
 		a.log.Info("deregistered")
-		a.recorder.Event("Normal", "Deregistered", "Deregistered from etcd")
+		a.event("Normal", "Deregistered", "Deregistered from etcd")
 	}
 }
 
 // transition is called from the machine's goroutine.
 func (a *agent) transition(t lifecycle.Transition) {
 	a.metrics.transition(t)
+	a.tell(t)
 	if t.State == lifecycle.Draining {
 		a.progress.Store(nil)
 	}
@@ -360,11 +488,11 @@ func (a *agent) transition(t lifecycle.Transition) {
 	}
 	a.log.Info("released", zap.String("verdict", v.Message()), zap.String("outcome", string(v.Outcome)), zap.String("cause", v.Cause),
 		zap.Duration("total", v.Total()), zap.Duration("withdraw", v.Withdraw), zap.Duration("settle", v.Settle), zap.Duration("drain", v.Drain),
-		zap.Int("inFlight", v.InFlight), zap.Int("unsure", v.Unsure))
+		zap.Duration("guard", v.Guard), zap.Int("inFlight", v.InFlight), zap.Int("unsure", v.Unsure))
 	switch v.Outcome {
-	case lifecycle.TimedOut, lifecycle.Unmeasured:
-		a.recorder.Event("Warning", "DrainTimedOut", v.Message())
+	case lifecycle.TimedOut, lifecycle.Forced, lifecycle.Unmeasured:
+		a.event("Warning", "DrainTimedOut", v.Message())
 	default:
-		a.recorder.Event("Normal", "Drained", v.Message())
+		a.event("Normal", "Drained", v.Message())
 	}
 }

@@ -20,6 +20,8 @@ import (
 	"usher.dev/usher/drain"
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/lifecycle/health"
+	"usher.dev/usher/notify"
 	"usher.dev/usher/registry"
 	"usher.dev/usher/registry/format"
 )
@@ -27,6 +29,7 @@ import (
 // config is everything that can be set.
 type config struct {
 	PrintVersion bool
+	Command      []string // of the application to supervise
 
 	Cluster    string
 	Services   []serviceConfig
@@ -35,9 +38,13 @@ type config struct {
 	Namespace, Pod, PodUID, Node string
 	PodIPs                       []netip.Addr
 	Kubeconfig                   string
+	Readiness                    string
+	Grace                        time.Duration // without Kubernetes, which says it itself
 
 	Etcd     registry.Connection
 	LeaseTTL time.Duration
+	// VerdictTTL is below zero for none.
+	VerdictTTL time.Duration
 
 	HookAddress, ControlAddress, ControlSocket string
 	HookToken                                  string
@@ -45,12 +52,20 @@ type config struct {
 	Budget    lifecycle.Budget
 	settleSet bool
 
-	Sources             []string
-	InFlightURL         string
-	InFlightField       string
-	MultiplexedPorts    []string
-	Quiet, Interval     time.Duration
-	Floor               time.Duration
+	MinAvailable       int
+	Sources            []string
+	InFlightURL        string
+	InFlightField      string
+	InFlightMetricsURL string
+	InFlightMetric     string
+	InFlightCommand    []string
+	MultiplexedPorts   []string
+	Quiet, Interval    time.Duration
+	Floor              time.Duration
+	Health             health.Settings
+	HealthGRPCAddress  string
+	Notify             notify.Settings
+
 	LogLevel, LogFormat string
 }
 
@@ -62,10 +77,16 @@ type serviceConfig struct {
 
 // What may be an in-flight source.
 const (
-	sourceSockdiag = "sockdiag"
-	sourceHTTP     = "http"
-	sourceNone     = "none"
+	sourceSockdiag   = "sockdiag"
+	sourceHTTP       = "http"
+	sourcePrometheus = "prometheus"
+	sourceExec       = "exec"
+	sourceNone       = "none"
 )
+
+func sources() []string {
+	return []string{sourceSockdiag, sourceHTTP, sourcePrometheus, sourceExec, sourceNone}
+}
 
 // setting is one thing that can be set, whichever way.
 type setting struct {
@@ -78,6 +99,7 @@ type setting struct {
 	list     bool   // may be given several times, or as a YAML list
 	separate string // what separates several in the environment; default: a comma
 	envOnly  bool   // a secret: no flag, which `ps` would show
+	tree     bool   // YAML: a part of the file as it is, or a text elsewhere
 	set      func(c *config, value string) error
 }
 
@@ -152,6 +174,9 @@ func settings() []setting {
 		{flag: "node-name", alias: "NODE_NAME", arg: "NAME", usage: "own Pod, from spec.nodeName; for Events", set: text(func(c *config) *string { return &c.Node })},
 		{flag: "kubeconfig", arg: "FILE", usage: "how to reach the API server from outside of a pod", set: text(func(c *config) *string { return &c.Kubeconfig })},
 
+		{flag: "readiness", arg: "SIGNAL", usage: "what tells that the instance is ready: " + readinessEndpoint + " (the Service's EndpointSlices) or " + readinessProbe + " (the probes of --health alone, for where there is no Kubernetes). Without it " + readinessEndpoint + "; for usher-agent run, " + readinessProbe, set: oneOf(func(c *config) *string { return &c.Readiness }, readinessEndpoint, readinessProbe)},
+		{flag: "grace-period", arg: "DURATION", def: defaultStandaloneGrace.String(), usage: "readiness " + readinessProbe + ": time from SIGTERM to SIGKILL, as docker stop --time or systemd's TimeoutStopSec has it", set: duration(func(c *config) *time.Duration { return &c.Grace })},
+
 		{group: "etcd", flag: "etcd-endpoints", arg: "URL,...", list: true, usage: "client URLS; without this and ETCDCTL_ENDPOINTS, " + registry.DefaultEndpoint, set: func(c *config, v string) error {
 			c.Etcd.Endpoints = words(v)
 			return nil
@@ -170,6 +195,16 @@ func settings() []setting {
 		{flag: "etcd-password-file", arg: "FILE", usage: "file with the password instead; read on every login, so that it can be changed while the agent runs", set: text(func(c *config) *string { return &c.Etcd.PasswordFile })},
 		{flag: "lease-ttl", arg: "DURATION", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
 
+		{flag: "verdict-ttl", arg: "DURATION", def: registry.DefaultVerdictTTL.String(), usage: "how long the verdict of a shutdown can be read in etcd; 0 for not at all", set: func(c *config, v string) error {
+			if err := duration(func(c *config) *time.Duration { return &c.VerdictTTL })(c, v); err != nil {
+				return err
+			}
+			if c.VerdictTTL == 0 {
+				c.VerdictTTL = -1
+			}
+			return nil
+		}},
+
 		{group: "Listeners", flag: "hook-address", arg: "ADDRESS", def: api.DefaultHookAddress, usage: "preStop hook, probes and metrics", set: text(func(c *config) *string { return &c.HookAddress })},
 		{flag: "hook-token", envOnly: true, usage: "a hook call with this in the header " + api.TokenHeader + " is accepted without further signs", set: text(func(c *config) *string { return &c.HookToken })},
 		{flag: "control-address", arg: "ADDRESS", def: api.DefaultControlAddress, usage: "the same and the status, for the processes of this pod; loopback only", set: text(func(c *config) *string { return &c.ControlAddress })},
@@ -181,9 +216,21 @@ func settings() []setting {
 			return duration(func(c *config) *time.Duration { return &c.Budget.Settle })(c, v)
 		}},
 		{flag: "reserve", arg: "DURATION", def: b.Reserve.String(), usage: "what the application keeps of the grace period, at most a third of it", set: duration(func(c *config) *time.Duration { return &c.Budget.Reserve })},
-		{flag: "in-flight-source", arg: "SOURCE,...", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + sourceSockdiag + ", " + sourceHTTP + " or " + sourceNone + "; all must agree", set: setSources},
+		{flag: "min-available", arg: "NUMBER", def: "0", usage: "how many other instances of the service have to be registered before a shutdown withdraws this one, as long as the application serves and a preStop hook holds SIGTERM back", set: func(c *config, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < 0 {
+				return errors.New("want a whole number from 0")
+			}
+			c.MinAvailable = n
+			return nil
+		}},
+		{flag: "min-available-timeout", arg: "DURATION", def: b.Guard.String(), usage: "how long it waits for them, at most half of the time until the latest release", set: duration(func(c *config) *time.Duration { return &c.Budget.Guard })},
+		{flag: "in-flight-source", arg: "SOURCE,...", def: sourceSockdiag, list: true, usage: "what counts requests in flight: " + strings.Join(sources(), ", ") + "; all must agree; docs/drain.md", set: setSources},
 		{flag: "in-flight-url", arg: "URL", usage: "source http: where the application answers the count", set: text(func(c *config) *string { return &c.InFlightURL })},
 		{flag: "in-flight-field", arg: "PATH", usage: "source http: dotted path of the count in a JSON answer; without it the body is the number", set: text(func(c *config) *string { return &c.InFlightField })},
+		{flag: "in-flight-metrics-url", arg: "URL", usage: "source prometheus: the application's metrics", set: text(func(c *config) *string { return &c.InFlightMetricsURL })},
+		{flag: "in-flight-metric", arg: "SELECTOR", usage: `source prometheus: the gauge whose series are summed, such as http_requests_in_flight{handler!="/metrics"}`, set: text(func(c *config) *string { return &c.InFlightMetric })},
+		{flag: "in-flight-command", arg: "COMMAND", usage: `source exec: a command in the agent's container that prints the count: words, or a JSON list of them`, set: setCommand(func(c *config) *[]string { return &c.InFlightCommand })},
 		{flag: "multiplexed-ports", arg: "PORT,...", list: true, usage: "names or numbers of ports whose connections count until their client closes them, beside those that the Service calls grpc, h2c or http2", set: func(c *config, v string) error {
 			c.MultiplexedPorts = words(v)
 			return nil
@@ -191,6 +238,10 @@ func settings() []setting {
 		{flag: "quiet-period", arg: "DURATION", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: duration(func(c *config) *time.Duration { return &c.Quiet })},
 		{flag: "drain-interval", arg: "DURATION", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: duration(func(c *config) *time.Duration { return &c.Interval })},
 		{flag: "drain-floor", arg: "DURATION", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: duration(func(c *config) *time.Duration { return &c.Floor })},
+
+		{group: "Application", flag: "health", arg: "YAML", tree: true, usage: "probes, workers and groups, such as {components: {db: {critical: false, readinessProbe: {tcpSocket: {port: 5432}}}}}; docs/health.md", set: setTree(func(c *config) *health.Settings { return &c.Health })},
+		{flag: "health-grpc-address", arg: "ADDRESS", usage: "serve grpc.health.v1 there, with the groups as services", set: text(func(c *config) *string { return &c.HealthGRPCAddress })},
+		{flag: "notify", arg: "YAML", tree: true, usage: "who is told of online, offline, draining, released, held and resumed, such as {webhooks: [{url: http://127.0.0.1:8080/usher}], stateFile: /run/usher/state.json}; docs/health.md", set: setTree(func(c *config) *notify.Settings { return &c.Notify })},
 
 		{group: "Log", flag: "log-level", arg: "LEVEL", def: "info", usage: "debug, info, warn or error", set: oneOf(func(c *config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
 		{flag: "log-format", arg: "FORMAT", def: "json", usage: "json or console", set: oneOf(func(c *config) *string { return &c.LogFormat }, "json", "console")},
@@ -251,8 +302,8 @@ func setSources(c *config, v string) error {
 	c.Sources = nil
 	for _, w := range words(v) {
 		switch {
-		case !slices.Contains([]string{sourceSockdiag, sourceHTTP, sourceNone}, w):
-			return fmt.Errorf("%q: want %s, %s or %s", w, sourceSockdiag, sourceHTTP, sourceNone)
+		case !slices.Contains(sources(), w):
+			return fmt.Errorf("%q: want one of %s", w, strings.Join(sources(), ", "))
 		case slices.Contains(c.Sources, w):
 			return fmt.Errorf("%s is there twice", w)
 		}
@@ -263,6 +314,34 @@ func setSources(c *config, v string) error {
 	}
 	c.Sources = slices.DeleteFunc(c.Sources, func(s string) bool { return s == sourceNone })
 	return nil
+}
+
+// setTree reads YAML strictly, and replaces what was there.
+func setTree[T any](field func(*config) *T) func(*config, string) error {
+	return func(c *config, v string) error {
+		var t T
+		if err := yaml.UnmarshalStrict([]byte(v), &t); err != nil {
+			// What the decoder says is wrapped in what the library does.
+			return errors.New(strings.TrimPrefix(strings.TrimPrefix(err.Error(), "error unmarshaling JSON: "), "while decoding JSON: "))
+		}
+		*field(c) = t
+		return nil
+	}
+}
+
+// setCommand reads words, or a JSON list where a word has spaces in it.
+func setCommand(field func(*config) *[]string) func(*config, string) error {
+	return func(c *config, v string) error {
+		words := strings.Fields(v)
+		if strings.HasPrefix(strings.TrimSpace(v), "[") {
+			words = nil
+			if err := json.Unmarshal([]byte(v), &words); err != nil {
+				return fmt.Errorf(`want words, or a JSON list such as ["sh","-c","cat /run/in-flight"]: %w`, err)
+			}
+		}
+		*field(c) = words
+		return nil
+	}
 }
 
 func flags() (fs *pflag.FlagSet, file *string, printVersion *bool) {
@@ -286,7 +365,9 @@ func help(w io.Writer) {
 	fmt.Fprint(w, `usher-agent registers its pod in etcd while the pod's endpoint is ready, and drains it when the pod ends.
 
 Usage:
-  usher-agent --service NAME [flags]
+  usher-agent --service NAME [flags]                  the sidecar
+  usher-agent run --service NAME [flags] -- COMMAND   runs the application itself: registers it while its probes say
+                                                      that it is ready, and drains it before SIGTERM reaches it
 
 A setting is a flag, an environment variable, or a key of the YAML file: --lease-ttl, USHER_LEASE_TTL, leaseTtl. A flag
 wins over the environment, the environment over the file. etcdctl's variables (ETCDCTL_ENDPOINTS, ETCDCTL_USER, ...)
@@ -339,18 +420,28 @@ func wrap(text string, width int) []string {
 // parse reads every source of settings, in the order of their rank, and checks the result as a whole.
 func parse(args []string, lookup func(string) (string, bool)) (config, error) {
 	fs, file, printVersion := flags()
+	supervise := len(args) > 0 && args[0] == "run"
+	if supervise {
+		args = args[1:]
+	}
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
 			return config{}, err
 		}
 		return config{}, fmt.Errorf("%w; usher-agent --help lists the flags", err)
 	}
-	if fs.NArg() > 0 {
-		return config{}, fmt.Errorf("argument %q: usher-agent takes flags only", fs.Arg(0))
-	}
 	c := config{PrintVersion: *printVersion}
-	if c.PrintVersion {
+	switch {
+	case c.PrintVersion:
 		return c, nil
+	case supervise && (fs.ArgsLenAtDash() != 0 || fs.NArg() == 0):
+		return config{}, fmt.Errorf("arguments %q: want usher-agent run [flags] -- COMMAND [ARGUMENT]..., the application after two dashes", fs.Args())
+	case supervise:
+		c.Command, c.Readiness = fs.Args(), readinessProbe
+	case fs.NArg() > 0:
+		return config{}, fmt.Errorf("argument %q: usher-agent takes flags only, but for usher-agent run", fs.Arg(0))
+	default:
+		c.Readiness = readinessEndpoint
 	}
 	if v, ok := lookup("USHER_CONFIG"); ok && !fs.Changed("config") {
 		*file = v
@@ -451,6 +542,10 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 			errs = append(errs, fmt.Errorf("%s: no such setting; there are services, %s", where, strings.Join(keys, ", ")))
 			continue
 		}
+		if all[i].tree {
+			apply(all[i], where, string(doc[key]))
+			continue
+		}
 		values, err := scalars(doc[key])
 		if err != nil || len(values) > 1 && !all[i].list {
 			errs = append(errs, fmt.Errorf("%s %s: want %s", where, doc[key], map[bool]string{true: "a value or a list of values", false: "one value"}[all[i].list]))
@@ -496,6 +591,9 @@ func (c *config) validate() error {
 	if len(c.Services) == 0 {
 		errs = append(errs, errors.New("--service: none is given; name the Service whose instance this pod is"))
 	}
+	if c.Readiness == readinessProbe {
+		errs = append(errs, c.identify())
+	}
 	for _, f := range []struct{ flag, value, path string }{
 		{"pod-namespace", c.Namespace, "metadata.namespace"}, {"pod-name", c.Pod, "metadata.name"}, {"pod-uid", c.PodUID, "metadata.uid"},
 	} {
@@ -524,13 +622,26 @@ func (c *config) validate() error {
 	if err := c.Etcd.Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("etcd: %w", err))
 	}
-	if slices.Contains(c.Sources, sourceHTTP) != (c.InFlightURL != "") {
-		errs = append(errs, fmt.Errorf("--in-flight-url %q: it goes with --in-flight-source %s, and that with it", c.InFlightURL, sourceHTTP))
+	for _, f := range []struct {
+		flag, value, source string
+	}{
+		{"in-flight-url", c.InFlightURL, sourceHTTP}, {"in-flight-metrics-url", c.InFlightMetricsURL, sourcePrometheus},
+		{"in-flight-metric", c.InFlightMetric, sourcePrometheus}, {"in-flight-command", strings.Join(c.InFlightCommand, " "), sourceExec},
+	} {
+		if slices.Contains(c.Sources, f.source) != (f.value != "") {
+			errs = append(errs, fmt.Errorf("--%s %q: it goes with --in-flight-source %s, and that with it", f.flag, f.value, f.source))
+		}
 	}
 	if c.HookToken != "" && len(c.HookToken) < 16 {
 		errs = append(errs, errors.New("USHER_HOOK_TOKEN: want at least 16 characters, so that it can't be guessed"))
 	}
 	if err := c.Budget.Validate(); err != nil {
+		errs = append(errs, err)
+	}
+	if err := c.Health.Validate(); err != nil {
+		errs = append(errs, err)
+	}
+	if err := c.Notify.Validate(); err != nil {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

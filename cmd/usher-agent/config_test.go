@@ -127,7 +127,7 @@ func TestBadInputIsNamed(t *testing.T) {
 		{"weight", []string{"--service=a", "--weight=heavy"}, identity(), "", []string{"--weight", "heavy", "0 to 65535"}},
 		{"metadata", []string{"--service=a", "--metadata=team"}, identity(), "", []string{"--metadata", "team", "KEY=VALUE"}},
 		{"pod IPs", []string{"--service=a", "--pod-ips=10.0.0.1,x"}, identity(), "", []string{"--pod-ips", `"x"`}},
-		{"source", []string{"--service=a", "--in-flight-source=envoy"}, identity(), "", []string{"envoy", "sockdiag, http or none"}},
+		{"source", []string{"--service=a", "--in-flight-source=envoy"}, identity(), "", []string{"envoy", "want one of sockdiag, http, prometheus, exec, none"}},
 		{"none with others", []string{"--service=a", "--in-flight-source=none,sockdiag"}, identity(), "", []string{"none alone"}},
 		{"http without URL", []string{"--service=a", "--in-flight-source=http"}, identity(), "", []string{"--in-flight-url"}},
 		{"short token", []string{"--service=a"}, identity("USHER_HOOK_TOKEN", secret), "", []string{"USHER_HOOK_TOKEN", "16"}},

@@ -1,5 +1,6 @@
 // Command usher-agent is the sidecar: it registers the pod in etcd while its endpoint is ready, and takes it out, drains it
-// and lets SIGTERM proceed when the pod ends.
+// and lets SIGTERM proceed when the pod ends. As "usher-agent run -- COMMAND" it runs the application itself, and does the
+// same for it where there is no Kubernetes: its own probes say there what EndpointSlices say elsewhere.
 //
 // Each setting is a flag, an environment variable (the flag's name in capitals, with USHER_ before it), or a key of the
 // YAML file that --config names (the flag's name in camel case: --lease-ttl is leaseTtl). A flag wins over the
@@ -14,15 +15,20 @@
 //	USHER_POD_NAMESPACE, USHER_POD_NAME, USHER_POD_UID, USHER_POD_IPS, USHER_NODE_NAME
 //	                                      from the downward API; the same names without USHER_ are read as well
 //	USHER_KUBECONFIG                      outside of a pod
+//	USHER_READINESS, USHER_GRACE_PERIOD   without Kubernetes
 //	USHER_ETCD_ENDPOINTS, USHER_ETCD_CACERT, USHER_ETCD_CERT, USHER_ETCD_KEY, USHER_ETCD_INSECURE_SKIP_TLS_VERIFY,
-//	USHER_ETCD_USER, USHER_ETCD_PASSWORD, USHER_ETCD_PASSWORD_FILE, USHER_LEASE_TTL
+//	USHER_ETCD_USER, USHER_ETCD_PASSWORD, USHER_ETCD_PASSWORD_FILE, USHER_LEASE_TTL, USHER_VERDICT_TTL
 //	USHER_HOOK_ADDRESS, USHER_HOOK_TOKEN, USHER_CONTROL_ADDRESS, USHER_CONTROL_SOCKET
-//	USHER_WITHDRAW_TIMEOUT, USHER_SETTLE, USHER_RESERVE
-//	USHER_IN_FLIGHT_SOURCE, USHER_IN_FLIGHT_URL, USHER_IN_FLIGHT_FIELD, USHER_MULTIPLEXED_PORTS,
+//	USHER_MIN_AVAILABLE, USHER_MIN_AVAILABLE_TIMEOUT, USHER_WITHDRAW_TIMEOUT, USHER_SETTLE, USHER_RESERVE
+//	USHER_IN_FLIGHT_SOURCE, USHER_IN_FLIGHT_URL, USHER_IN_FLIGHT_FIELD, USHER_IN_FLIGHT_METRICS_URL,
+//	USHER_IN_FLIGHT_METRIC, USHER_IN_FLIGHT_COMMAND, USHER_MULTIPLEXED_PORTS,
 //	USHER_QUIET_PERIOD, USHER_DRAIN_INTERVAL, USHER_DRAIN_FLOOR
+//	USHER_HEALTH, USHER_HEALTH_GRPC_ADDRESS, USHER_NOTIFY
+//	                                      probes and groups, and who is told of changes, in YAML
 //	USHER_LOG_LEVEL, USHER_LOG_FORMAT
 //
-// It exits with 0 after SIGTERM or SIGINT, 1 when it can't go on, 2 when a setting is wrong.
+// It exits with 0 after SIGTERM or SIGINT, 1 when it can't go on, 2 when a setting is wrong. With run, it exits as the
+// application did (128 and the signal's number, if one ended it).
 package main
 
 import (
@@ -85,11 +91,17 @@ func run(args []string, lookup func(string) (string, bool), signals <-chan os.Si
 		fmt.Fprintf(stderr, "usher-agent: %v\n", err)
 		return exitUsage
 	}
-	if err := a.run(context.Background(), signals); err != nil {
+	err = a.run(context.Background(), signals)
+	switch {
+	case errors.Is(err, errStopped) || errors.Is(err, errExited):
+		if a.child != nil {
+			return a.child.code()
+		}
+		return 0
+	default:
 		log.Error("agent failed: " + err.Error())
 		return exitFailed
 	}
-	return 0
 }
 
 func buildVersion() string {

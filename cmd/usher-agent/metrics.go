@@ -54,9 +54,15 @@ func newMetrics(a *agent) *metrics {
 		counter("usher_registry_leases_lost_total", "Leases lost.", func() float64 { return float64(c.LeasesLost.Load()) }, nil),
 		counter("usher_registry_lease_renewals_total", "Renewals of leases.", func() float64 { return float64(c.Renewals.Load()) }, nil),
 		gauge("usher_kubernetes_problems", "What keeps the agent from seeing Kubernetes clearly, counted.", func() float64 { return float64(len(a.machine.Status().Observation.Problems)) }, nil),
-		counter("usher_events_dropped_total", "Kubernetes Events that could not be written.", func() float64 { return float64(a.recorder.Dropped()) }, nil),
+		counter("usher_events_dropped_total", "Kubernetes Events that could not be written.", func() float64 {
+			if a.recorder == nil {
+				return 0
+			}
+			return float64(a.recorder.Dropped())
+		}, nil),
 		counter("usher_hook_calls_total", "Calls of the preStop hook.", func() float64 { return float64(a.hook.accepted.Load()) }, prometheus.Labels{"result": "accepted"}),
 		counter("usher_hook_calls_total", "Calls of the preStop hook.", func() float64 { return float64(a.hook.refused.Load()) }, prometheus.Labels{"result": "refused"}),
+		gauge("usher_prestop_missing", "1 while no container of the pod has a preStop hook that leads to the agent.", func() float64 { return is(a.hook.missing.Load()) }, nil),
 		gauge("usher_in_flight", "Requests in flight, as the last sample of a drain saw them.", func() float64 {
 			if p := a.progress.Load(); p != nil {
 				return float64(p.InFlight)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/lifecycle/health"
 )
 
 const (
@@ -33,11 +35,14 @@ const (
 	// headerTimeout and maxHeader keep slow and large callers from holding the agent's memory.
 	headerTimeout = 5 * time.Second
 	maxHeader     = 16 << 10
+	// maxBody is far above any order, and below what would hurt.
+	maxBody = 64 << 10
 )
 
 // hook is what is counted and known about hook calls.
 type hook struct {
 	accepted, refused atomic.Int64
+	missing           atomic.Bool  // no container of the pod has one
 	lastRefusal       atomic.Int64 // unix nanoseconds of the last one logged
 }
 
@@ -78,7 +83,7 @@ func (r *readiness) handler(w http.ResponseWriter, req *http.Request) {
 		http.Error(w, r.problem, http.StatusServiceUnavailable)
 		return
 	}
-	fmt.Fprintln(w, "ok")
+	health.Verbose(w, req, "readyz", health.Check{Name: "ping"}, health.Check{Name: "kubernetes"})
 }
 
 // listen takes all addresses, so that one that is taken is known before anything starts.
@@ -92,12 +97,18 @@ func (a *agent) listen() (err error) {
 	}()
 	hookAPI, control := http.NewServeMux(), http.NewServeMux()
 	for _, mux := range []*http.ServeMux{hookAPI, control} {
-		mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+		mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
+			health.Verbose(w, r, "livez", health.Check{Name: "ping"})
+		})
 		mux.HandleFunc("GET /readyz", a.readiness.handler)
 		mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
 	}
 	hookAPI.HandleFunc(api.PrestopPath, a.prestop(false))
 	control.HandleFunc(api.PrestopPath, a.prestop(true))
+	a.health.Routes(hookAPI, control)
+	control.Handle("GET "+api.EventsPath, a.hub)
+	control.HandleFunc(api.HoldPath, a.orderHold)
+	control.HandleFunc("POST "+api.ReleasePath, a.release)
 	control.HandleFunc("GET "+api.StatusPath, func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, a.status()) })
 
 	if host, _, err := net.SplitHostPort(a.cfg.ControlAddress); err != nil || !isLoopback(host) {
@@ -190,16 +201,57 @@ func (a *agent) prestop(trusted bool) http.HandlerFunc {
 	}
 }
 
+// release ends the wait of the shutdown under way.
+func (a *agent) release(w http.ResponseWriter, r *http.Request) {
+	var order api.Release
+	if err := readBody(w, r, &order); err != nil {
+		answer(w, err.code, api.Error{Error: err.Error()})
+		return
+	}
+	if a.machine.Status().State != lifecycle.Draining {
+		answer(w, http.StatusConflict, api.Error{Error: "no shutdown is waiting for anything: there is nothing to release"})
+		return
+	}
+	if order.Actor == "" {
+		order.Actor = "an order to " + api.ReleasePath
+	}
+	a.machine.Force(order.Actor)
+	w.WriteHeader(http.StatusAccepted)
+}
+
+// badBody is a body that is refused, and the status that says so.
+type badBody struct {
+	code int
+	error
+}
+
+// readBody decodes a JSON body strictly; no body at all leaves into as it is.
+func readBody(w http.ResponseWriter, r *http.Request, into any) *badBody {
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	dec.DisallowUnknownFields()
+	err := dec.Decode(into)
+	if err == nil && dec.More() {
+		err = errors.New("more than one JSON value")
+	}
+	var large *http.MaxBytesError
+	switch {
+	case err == nil, errors.Is(err, io.EOF):
+		return nil
+	case errors.As(err, &large):
+		return &badBody{http.StatusRequestEntityTooLarge, fmt.Errorf("body: want at most %d bytes", large.Limit)}
+	}
+	return &badBody{http.StatusBadRequest, fmt.Errorf("body: %w", err)}
+}
+
 // admit says whether a call is the kubelet's, by a token or by what it would be calling for.
 func (a *agent) admit(r *http.Request, trusted bool) (why string, ok bool) {
 	if trusted {
 		return "", true
 	}
-	token := r.Header.Get(api.TokenHeader)
-	if a.cfg.HookToken != "" && subtle.ConstantTimeCompare([]byte(token), []byte(a.cfg.HookToken)) == 1 {
+	if a.carriesToken(r) {
 		return "", true
 	}
-	if token != "" {
+	if r.Header.Get(api.TokenHeader) != "" {
 		return "the token in " + api.TokenHeader + " is wrong", false
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), catchUp)
@@ -212,6 +264,10 @@ func (a *agent) admit(r *http.Request, trusted bool) (why string, ok bool) {
 		return "", true
 	}
 	return "the Pod is not being deleted, and the call carries no token in " + api.TokenHeader, false
+}
+
+func (a *agent) carriesToken(r *http.Request) bool {
+	return a.cfg.HookToken != "" && subtle.ConstantTimeCompare([]byte(r.Header.Get(api.TokenHeader)), []byte(a.cfg.HookToken)) == 1
 }
 
 func (a *agent) refuse(r *http.Request, why string) {

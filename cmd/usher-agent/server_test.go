@@ -161,6 +161,9 @@ func listening(t *testing.T, change func(*config)) (*agent, error) {
 	a := newTestAgent(t, zap.NewNop())
 	rec := newRecorder(t)
 	a.recorder = rec
+	if err := a.newHealth(); err != nil {
+		t.Fatal(err)
+	}
 	a.metrics = newMetrics(a)
 	a.cfg.HookAddress, a.cfg.ControlAddress = "127.0.0.1:0", "127.0.0.1:0"
 	if change != nil {

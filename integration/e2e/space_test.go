@@ -10,7 +10,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -368,6 +370,39 @@ func (p *pod) do(client *http.Client, method string, port int, path, body string
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	return resp.StatusCode, string(b), err
+}
+
+// process is the one of the pod's processes that runs a program. Each of a pod's containers has files of the kubelet's
+// mounted, in a folder of the pod's UID.
+func (p *pod) process(program string) *os.Process {
+	p.t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/mountinfo")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, file := range all {
+		dir := filepath.Dir(file)
+		cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+		name, _, _ := strings.Cut(string(cmdline), "\x00")
+		if err != nil || name != program {
+			continue
+		}
+		mounts, err := os.ReadFile(file)
+		if err != nil || !strings.Contains(string(mounts), p.uid) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		proc, err := os.FindProcess(pid)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		return proc
+	}
+	p.t.Fatalf("no process of pod %s runs %s", p.name, program)
+	return nil
 }
 
 // once is a client with a connection for one request.

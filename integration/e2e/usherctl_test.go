@@ -7,23 +7,25 @@ import (
 	"testing"
 )
 
+// usherctl asks the registry about this namespace.
+func (sp *space) usherctl(args ...string) string {
+	sp.t.Helper()
+	cmd := exec.CommandContext(sp.ctx, sp.s.Programs.Ctl, append(args, "-n", sp.name, "--endpoints", sp.s.RegistryEndpoint())...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		sp.t.Fatalf("usherctl %v: %v %s", args, err, stderr.String())
+	}
+	return string(out)
+}
+
 func TestUsherctlShowsInstances(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	usherctl := func(args ...string) string {
-		t.Helper()
-		cmd := exec.CommandContext(sp.ctx, sp.s.Programs.Ctl, append(args, "-n", sp.name, "--endpoints", sp.s.RegistryEndpoint())...)
-		var stderr strings.Builder
-		cmd.Stderr = &stderr
-		out, err := cmd.Output()
-		if err != nil {
-			t.Fatalf("usherctl %v: %v %s", args, err, stderr.String())
-		}
-		return string(out)
-	}
 	for _, args := range [][]string{{"get", "instances"}, {"get", "instances", "shop"}, {"status", p.name}} {
-		out := usherctl(args...)
+		out := sp.usherctl(args...)
 		for _, want := range []string{p.name, "Online", p.ip} {
 			if !strings.Contains(out, want) {
 				t.Errorf("usherctl %v doesn't say %s:\n%s", args, want, out)
@@ -31,7 +33,7 @@ func TestUsherctlShowsInstances(t *testing.T) {
 		}
 		t.Logf("usherctl %v\n%s", args, out)
 	}
-	if out := usherctl("status", p.name, "-o", "json"); !json.Valid([]byte(out)) || !strings.Contains(out, p.uid) {
+	if out := sp.usherctl("status", p.name, "-o", "json"); !json.Valid([]byte(out)) || !strings.Contains(out, p.uid) {
 		t.Errorf("usherctl status -o json:\n%s", out)
 	}
 }

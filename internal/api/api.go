@@ -10,6 +10,10 @@ const (
 	// StatusPath answers a [Status]. Control listeners only.
 	StatusPath = "/v1/status"
 
+	// ReleasePath ends the wait of the shutdown under way: POST, with a [Release] or nothing. Control listeners only. 409 when
+	// there is none.
+	ReleasePath = "/v1/release"
+
 	// TokenHeader carries the hook token of a caller that the agent can't recognise otherwise.
 	TokenHeader = "Usher-Token"
 
@@ -74,6 +78,11 @@ type SourceVerdict struct {
 	Connections int    `json:"connections,omitempty"`
 	Peak        int    `json:"peak"` // the most that was in flight during the drain
 	Error       string `json:"error,omitempty"`
+}
+
+// Release is the order to wait no longer.
+type Release struct {
+	Actor string `json:"actor,omitempty"` // for the verdict
 }
 
 // Status is the agent's own account of itself.

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"usher.dev/usher/internal/api"
+	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/lifecycle/health"
+	"usher.dev/usher/notify"
+)
+
+// holdTimeout is how long an order to hold or to resume waits for etcd.
+const holdTimeout = 5 * time.Second
+
+// newHealth makes what asks the application how it is, and what tells it how it stands.
+func (a *agent) newHealth() (err error) {
+	a.health, err = health.New(health.Config{
+		Settings: a.cfg.Health, Ports: a.namedPort, OnChange: a.available, Authorized: a.carriesToken,
+		Version: buildVersion(), Logger: a.log.Named("health"),
+	})
+	if err != nil {
+		return err
+	}
+	a.hub = notify.NewHub()
+	a.receivers, err = notify.New(a.cfg.Notify, a.hub, a.log.Named("notify"))
+	if err != nil {
+		return err
+	}
+	if a.cfg.HealthGRPCAddress == "" {
+		return nil
+	}
+	ln, err := net.Listen("tcp", a.cfg.HealthGRPCAddress)
+	if err != nil {
+		return fmt.Errorf("--health-grpc-address %q: %w", a.cfg.HealthGRPCAddress, err)
+	}
+	s := grpc.NewServer()
+	healthpb.RegisterHealthServer(s, a.health.GRPC())
+	a.healthGRPC = func(ctx context.Context) error {
+		go func() {
+			<-ctx.Done()
+			s.Stop() // whoever watches asks again
+		}()
+		return s.Serve(ln)
+	}
+	return nil
+}
+
+// available is called from the health's goroutine.
+func (a *agent) available(v lifecycle.Availability) {
+	if a.alone != nil {
+		a.observed(a.alone.observe(v))
+	}
+	a.machine.SetAvailability(v)
+}
+
+// namedPort is a port of the endpoint, by its name.
+func (a *agent) namedPort(name string) (int, bool) {
+	for _, e := range a.machine.Status().Observation.Endpoints {
+		for _, p := range e.Ports {
+			if p.Name == name {
+				return int(p.Number), true
+			}
+		}
+	}
+	return 0, false
+}
+
+// restarted tells the health of a container that began a new life. It is called from the watcher's goroutine.
+func (a *agent) restarted(p lifecycle.Pod) {
+	if !p.Known {
+		return
+	}
+	if a.restartsSeen && p.Restarts > a.restarts {
+		a.health.Restarted("the container was restarted", p.Restarted)
+	}
+	a.restartsSeen, a.restarts = true, p.Restarts
+}
+
+// tell publishes what was decided. It is called from the machine's goroutine.
+func (a *agent) tell(t lifecycle.Transition) {
+	st := a.machine.Status()
+	a.health.SetLifecycle(health.Lifecycle{
+		State: t.State.String(), Cause: t.Cause, Held: st.Hold != nil,
+		Draining: t.State == lifecycle.Draining || t.State == lifecycle.Stopped || t.State == lifecycle.Released && st.Observation.Pod.Terminating,
+	})
+	e := api.Event{Time: t.Time, State: t.State.String(), Cause: t.Cause}
+	switch {
+	case t.State == lifecycle.Online:
+		e.Type = api.EventOnline
+	case t.State == lifecycle.Offline:
+		e.Type = api.EventOffline
+	case t.State == lifecycle.Draining:
+		e.Type = api.EventDraining
+		if !st.Deadline.IsZero() {
+			e.Deadline = &st.Deadline
+		}
+	case t.State == lifecycle.Released:
+		e.Type = api.EventReleased
+		v := verdict(*t.Verdict)
+		e.Verdict = &v
+	default:
+		return // Pending is how it begins, and Stopped how the agent ends
+	}
+	a.hub.Publish(e)
+}
+
+// held is called from the machine's goroutine.
+func (a *agent) held(h *lifecycle.Hold) {
+	e := api.Event{Type: api.EventResumed, Cause: "the hold is over"}
+	if h != nil {
+		e.Type, e.Cause = api.EventHeld, h.String()
+	}
+	e.State = a.machine.Status().State.String()
+	a.log.Info(string(e.Type), zap.String("cause", e.Cause))
+	a.hub.Publish(e)
+}
+
+// orderHold keeps the instance offline, or lets it back. The order goes through etcd, so that it outlives this agent.
+func (a *agent) orderHold(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), holdTimeout)
+	defer cancel()
+	fail := func(code int, err error) { answer(w, code, api.Error{Error: err.Error()}) }
+	switch r.Method {
+	case http.MethodGet:
+		h := a.machine.Status().Hold
+		if h == nil {
+			fail(http.StatusNotFound, errors.New("nobody holds the instance"))
+			return
+		}
+		answer(w, http.StatusOK, api.Hold{Reason: h.Reason, Actor: h.Actor, Since: h.Since, Expires: h.Expires})
+	case http.MethodPut:
+		var order api.Hold
+		if err := readBody(w, r, &order); err != nil {
+			fail(err.code, err)
+			return
+		}
+		h, err := a.registrar.Hold(ctx, lifecycle.Hold{Reason: order.Reason, Actor: order.Actor, Expires: order.Expires})
+		if err != nil {
+			fail(http.StatusServiceUnavailable, err)
+			return
+		}
+		answer(w, http.StatusOK, api.Hold{Reason: h.Reason, Actor: h.Actor, Since: h.Since, Expires: h.Expires})
+	case http.MethodDelete:
+		there, err := a.registrar.Resume(ctx)
+		switch {
+		case err != nil:
+			fail(http.StatusServiceUnavailable, err)
+		case !there:
+			fail(http.StatusNotFound, errors.New("nobody holds the instance"))
+		default:
+			w.WriteHeader(http.StatusNoContent)
+		}
+	default:
+		w.Header().Set("Allow", "GET, PUT, DELETE")
+		fail(http.StatusMethodNotAllowed, fmt.Errorf("method %s: want GET, PUT or DELETE", r.Method))
+	}
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"syscall"
+
+	"go.uber.org/zap"
+)
+
+// exitKilled is added to the number of the signal that ended the application, as shells do.
+const exitKilled = 128
+
+// passedOn are the signals that a supervised application gets as if there were nobody between. SIGTERM and SIGINT begin a
+// shutdown first.
+func passedOn() []os.Signal {
+	return []os.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH}
+}
+
+// child is the application that `usher-agent run -- COMMAND` supervises. It has the agent's standard streams, folder and
+// environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only.
+type child struct {
+	cmd  *exec.Cmd
+	log  *zap.Logger
+	done chan struct{} // closed when it has exited
+}
+
+// startChild runs the command. It isn't started anew when it exits: that is for whoever restarts containers or units.
+func startChild(command []string, log *zap.Logger) (*child, error) {
+	c := &child{cmd: exec.Command(command[0], command[1:]...), log: log, done: make(chan struct{})}
+	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := c.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the application: %w", err)
+	}
+	log.Info("application started", zap.Strings("command", command), zap.Int("pid", c.cmd.Process.Pid))
+	go func() {
+		c.cmd.Wait() // what came of it is in ProcessState
+		log.Info("application exited", zap.Stringer("state", c.cmd.ProcessState))
+		close(c.done)
+	}()
+	return c, nil
+}
+
+// exited is closed when the application has exited; nil, on which nobody ever hears anything, without one.
+func (c *child) exited() <-chan struct{} {
+	if c == nil {
+		return nil
+	}
+	return c.done
+}
+
+func (c *child) signal(sig os.Signal) {
+	if c == nil {
+		return
+	}
+	if err := c.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		c.log.Error("application", zap.Stringer("signal", sig), zap.Error(err))
+	}
+}
+
+// code is the application's exit code, once it has exited.
+func (c *child) code() int {
+	if ws, ok := c.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+		return exitKilled + int(ws.Signal())
+	}
+	return c.cmd.ProcessState.ExitCode()
+}
+
+// stop passes the signal that ended the drain on, and whatever comes after it, and waits for the application's end. There is
+// no time limit of its own: who sent SIGTERM sends SIGKILL when the grace period is over.
+func (c *child) stop(sig os.Signal, signals <-chan os.Signal) {
+	if c == nil {
+		return
+	}
+	c.signal(sig)
+	for {
+		select {
+		case <-c.done:
+			return
+		case sig := <-signals:
+			c.signal(sig)
+		}
+	}
+}
+
+// supervised asks for the signals that an application would have got, beside those that end the agent.
+func supervised(signals chan<- os.Signal) { signal.Notify(signals, passedOn()...) }
+
+// ends says whether a signal begins a shutdown.
+func ends(sig os.Signal) bool { return !slices.Contains(passedOn(), sig) }

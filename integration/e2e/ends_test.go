@@ -1,0 +1,339 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"usher.dev/usher/internal/api"
+)
+
+// drainedBeforeSIGTERM checks a pod's end that had a request in flight: withdrawn, answered, and only then SIGTERM.
+func (p *pod) drainedBeforeSIGTERM(since time.Time, slow <-chan answer) {
+	p.t.Helper()
+	withdrawn := p.withdrawn(since)
+	answered := p.answered(slow)
+	died := p.logged(appName, "dying at once")
+	p.t.Logf("withdrawn after %v, answered after %v, SIGTERM after %v", withdrawn.Sub(since), answered.Sub(since), died.at.Sub(since))
+	if withdrawn.After(answered) || died.at.Before(answered) || died.fields()["inFlight"] != 0.0 {
+		p.t.Errorf("the application got SIGTERM with a request in flight: %s", died.text)
+	}
+}
+
+func TestEvictedPodIsDrained(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop")
+	slow := p.request(3 * time.Second)
+	evicted := time.Now()
+	err := sp.s.Client.CoreV1().Pods(sp.name).EvictV1(sp.ctx, &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: p.name, Namespace: sp.name}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.drainedBeforeSIGTERM(evicted, slow)
+	p.gone()
+}
+
+func TestContainerThatFailsItsStartupProbeIsReleasedAndComesOnline(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	var started atomic.Bool
+	probed := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if !started.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	}))
+	defer probed.Close()
+	address := probed.Listener.Addr().(*net.TCPAddr)
+	p := sp.start("shop", func(p parts) {
+		p.app.StartupProbe = &corev1.Probe{
+			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Host: address.IP.String(), Port: intstr.FromInt(address.Port)}},
+			PeriodSeconds: 1, FailureThreshold: 2,
+		}
+		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/usher-prestop", "--log-to-pid1"}}}
+	})
+	p.logged(agentName, "hook call")
+	released := p.logged(agentName, `"released"`)
+	if total := released.duration("total"); total > 3*time.Second {
+		t.Errorf("an instance that nobody knows of was released after %v", total)
+	}
+	p.logged(appName, "dying at once")
+	started.Store(true)
+	p.waitRegistered()
+	now, err := p.get()
+	if err != nil || now.Status.ContainerStatuses[0].RestartCount == 0 {
+		t.Errorf("the container was never restarted: %v", err)
+	}
+}
+
+func TestHookCallsJoinOneDrain(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop")
+	slow := p.request(4 * time.Second)
+	deleted := p.delete(0)
+	p.withdrawn(deleted)
+	p.logged(agentName, "hook call") // the kubelet's
+	var mu sync.Mutex
+	var verdicts []api.Verdict
+	var calls sync.WaitGroup
+	for range 5 {
+		calls.Go(func() {
+			code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", "")
+			var v api.Verdict
+			if err == nil {
+				err = json.Unmarshal([]byte(body), &v)
+			}
+			if err != nil || code != http.StatusOK {
+				t.Errorf("a call while the pod is being deleted: %d %v", code, err)
+				return
+			}
+			mu.Lock()
+			verdicts = append(verdicts, v)
+			mu.Unlock()
+		})
+	}
+	p.answered(slow)
+	calls.Wait()
+	for _, v := range verdicts {
+		if v.Outcome != api.Drained || !v.Started.Equal(verdicts[0].Started) || v.TotalMs != verdicts[0].TotalMs {
+			t.Errorf("verdicts differ: %+v and %+v", v, verdicts[0])
+		}
+	}
+	p.gone()
+	if n := len(p.logs.find(p.name, agentName, `"released"`)); n != 1 {
+		t.Errorf("%d shutdowns for all calls, want 1", n)
+	}
+}
+
+func TestDeadApplicationIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop", func(p parts) { p.RestartPolicy = corev1.RestartPolicyNever })
+	died := time.Now()
+	if err := p.process("/app").Kill(); err != nil {
+		t.Fatal(err)
+	}
+	p.withdrawn(died)
+	t.Logf("withdrawn %v after the application's end", time.Since(died))
+	deleted := p.delete(0)
+	p.gone()
+	if took := time.Since(deleted); took > 10*time.Second {
+		t.Errorf("a pod whose application is dead took %v to go", took)
+	}
+}
+
+func TestApplicationWithoutAnOpenPortIsReleasedAfterTheSettleTime(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop", func(p parts) {
+		p.app.Args = append(p.app.Args, "--http=127.0.0.1:18080", "--grpc=127.0.0.1:19090")
+		p.app.ReadinessProbe = nil
+	})
+	p.delete(0)
+	released := p.logged(agentName, `"released"`)
+	if total := released.duration("total"); total > 3*time.Second || released.fields()["outcome"] != "drained" {
+		t.Errorf("%s", released.text)
+	}
+	p.gone()
+}
+
+// Without a hook nothing holds SIGTERM back; what is left to do is to say so, and to withdraw at once.
+func TestMissingHookIsWarnedOfAndThePodWithdrawnAtOnce(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop", func(p parts) { p.app.Lifecycle = nil })
+	if p.metric("usher_prestop_missing") != 1 {
+		t.Error("usher_prestop_missing is not 1")
+	}
+	p.logged(agentName, "preStop hook missing", `"shop"`)
+	if m := p.event("PreStopMissing"); !strings.Contains(m, "/prestop") {
+		t.Errorf("event PreStopMissing: %q, want what to add", m)
+	}
+	deleted := p.delete(0)
+	withdrawn := p.withdrawn(deleted)
+	if took := withdrawn.Sub(deleted); took > 2*time.Second {
+		t.Errorf("withdrawn %v after the deletion", took)
+	}
+	p.gone()
+}
+
+func TestPodWithItsHookMissesNone(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop")
+	if p.metric("usher_prestop_missing") != 0 {
+		t.Error("usher_prestop_missing is not 0")
+	}
+}
+
+// An application whose image has no usher-prestop gets it from an init container, and calls over a unix socket on the
+// same volume.
+func TestInstalledHookProgramOverTheUnixSocket(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	const folder = "/run/usher"
+	p := sp.online("shop", func(p parts) {
+		mount := corev1.VolumeMount{Name: "usher", MountPath: folder}
+		p.Volumes = append(p.Volumes, corev1.Volume{Name: "usher", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}})
+		p.agent.VolumeMounts = append(p.agent.VolumeMounts, mount)
+		p.agent.Args = append(p.agent.Args, "--control-socket="+folder+"/agent.sock")
+		p.app.VolumeMounts = append(p.app.VolumeMounts, mount)
+		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Exec: &corev1.ExecAction{
+			Command: []string{folder + "/usher-prestop", "--log-to-pid1", "--agent=unix://" + folder + "/agent.sock"},
+		}}
+		p.InitContainers = append([]corev1.Container{{
+			Name: "usher-prestop", Image: p.agent.Image, ImagePullPolicy: p.agent.ImagePullPolicy,
+			Command:         []string{"/usher-prestop", "install", folder},
+			SecurityContext: p.agent.SecurityContext, VolumeMounts: []corev1.VolumeMount{mount},
+		}}, p.InitContainers...)
+	})
+	slow := p.request(3 * time.Second)
+	deleted := p.delete(0)
+	p.drainedBeforeSIGTERM(deleted, slow)
+	p.logged(appName, "usher-prestop: drained in")
+	p.gone()
+}
+
+// The kubelet calls an httpGet hook at the pod's address, which a pod in the node's network shares with the node: there the hook
+// has to name the host.
+func TestPodInTheHostsNetworkIsDrained(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.start("shop", func(p parts) {
+		p.HostNetwork = true
+		p.agent.Args = append(p.agent.Args, "--hook-address=127.0.0.1:17400", "--control-address=127.0.0.1:17401")
+		p.agent.Ports[0].ContainerPort, p.agent.Ports[0].HostPort = 17400, 17400
+		for _, probe := range []*corev1.Probe{p.agent.LivenessProbe, p.agent.ReadinessProbe} {
+			probe.HTTPGet.Host = "127.0.0.1"
+		}
+		p.app.Args = append(p.app.Args, "--http=:28080", "--grpc=:29090")
+		p.app.Ports[0].ContainerPort, p.app.Ports[0].HostPort = 28080, 28080
+		p.app.Ports[1].ContainerPort, p.app.Ports[1].HostPort = 29090, 29090
+		p.app.Lifecycle.PreStop.HTTPGet.Host, p.app.Lifecycle.PreStop.HTTPGet.Port = "127.0.0.1", intstr.FromInt32(17400)
+	})
+	p.eventually(soon, "the pod is registered", func() error {
+		resp, err := p.etcd.Get(p.ctx, p.keys()[1])
+		if err != nil || len(resp.Kvs) == 0 || !strings.Contains(string(resp.Kvs[0].Value), ":28080") {
+			return fmt.Errorf("it isn't: %v %v", resp, err)
+		}
+		return nil
+	})
+	done := make(chan answer, 1)
+	go func() {
+		code, _, err := p.do(once(), http.MethodPost, 28080, "/slow?for=3s", "x")
+		done <- answer{time.Now(), code, err}
+	}()
+	p.eventually(soon, "the request is in flight", func() error {
+		_, body, err := p.do(once(), http.MethodGet, 28080, "/inflight", "")
+		if err != nil || strings.TrimSpace(body) != "1" {
+			return fmt.Errorf("%q %v", body, err)
+		}
+		return nil
+	})
+	deleted := p.delete(0)
+	p.drainedBeforeSIGTERM(deleted, done)
+	p.gone()
+}
+
+func TestVerdictStaysInTheRegistryWhenThePodIsGone(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop")
+	slow := p.request(2 * time.Second)
+	p.delete(0)
+	p.answered(slow)
+	p.gone()
+	out := sp.usherctl("status", p.name)
+	for _, want := range []string{"drained in", "sockdiag"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("usherctl status of a pod that is gone says nothing of %q:\n%s", want, out)
+		}
+	}
+	if list := sp.usherctl("get", "verdicts"); !strings.Contains(list, p.name) || !strings.Contains(list, "drained") {
+		t.Errorf("usherctl get verdicts:\n%s", list)
+	}
+}
+
+// The last of a service's instances stays registered until its successor is.
+func TestGuardKeepsTheLastInstanceUntilAnotherIsRegistered(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	guarded := func(p parts) { p.agent.Args = append(p.agent.Args, "--min-available=1") }
+	old := sp.online("old", guarded)
+	deleted := old.delete(0)
+	old.logged(agentName, "hook call")
+	if err := old.registered(); err != nil {
+		t.Fatalf("withdrawn although nobody else is there: %v", err)
+	}
+	next := sp.online("next", guarded)
+	registered := time.Now()
+	withdrawn := old.withdrawn(deleted)
+	released := old.logged(agentName, `"released"`)
+	t.Logf("the successor was registered %v after the deletion, the old one withdrawn after %v: %s", registered.Sub(deleted), withdrawn.Sub(deleted), released.text)
+	if released.duration("guard") == 0 || released.fields()["outcome"] != "drained" {
+		t.Errorf("%s", released.text)
+	}
+	old.gone()
+	next.stayedRegistered()
+}
+
+func TestHookCallsFromElsewhere(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	const token = "a-token-that-nobody-guesses"
+	p := sp.online("shop", func(p parts) {
+		p.agent.Env = append(p.agent.Env, corev1.EnvVar{Name: "USHER_HOOK_TOKEN", Value: token})
+	})
+	// Another pod: its own hook program, with the agent's address and a wrong token.
+	other := sp.start("other", func(q parts) {
+		q.app.Lifecycle.PreStop = nil
+		q.agent.Args[0] = strings.Replace(q.agent.Args[0], "http", "other", 1)
+	})
+	call := func(extra ...string) (string, error) {
+		args := append([]string{"-n", sp.name, "exec", other.name, "-c", appName, "--", "/usher-prestop",
+			"--agent=http://" + p.ip + ":7400", "--fail-open=false"}, extra...)
+		return sp.s.Run(sp.ctx, nil, args...)
+	}
+	if out, err := call(); err == nil || !strings.Contains(out+err.Error(), "refused") {
+		t.Errorf("a call from another pod: %v\n%s", err, out)
+	}
+	// From the node.
+	if code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", ""); err != nil || code != http.StatusForbidden {
+		t.Errorf("a call from the node: %d %s %v", code, body, err)
+	}
+	with := func(token string) int {
+		ctx, cancel := context.WithTimeout(sp.ctx, soon)
+		defer cancel()
+		req, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.ip+":7400/prestop", nil)
+		req.Header.Set(api.TokenHeader, token)
+		resp, err := once().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	if code := with("a-token-that-is-guessed"); code != http.StatusForbidden {
+		t.Errorf("a wrong token: %d", code)
+	}
+	p.stayedRegistered()
+	called := time.Now()
+	if code := with(token); code != http.StatusOK {
+		t.Errorf("the token: %d", code)
+	}
+	p.withdrawn(called)
+}
