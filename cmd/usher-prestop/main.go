@@ -7,6 +7,12 @@
 //	    exec:
 //	      command: [/usher/usher-prestop, --log-to-pid1]
 //
+// An init container brings it into the application's container, by a volume that both mount: `usher-prestop install
+// /usher` copies the program there.
+//
+// A call that breaks off after it began, because the agent was restarted, is made again for 2 s: the agent lets it join
+// the drain. The kubelet itself doesn't restart a container of a Pod whose hook runs; a supervisor in the container may.
+//
 // It uses the standard library only, and of net/http just the parser (no http.Client, no TLS), because it starts while
 // the grace period runs, and because it is copied into images of others.
 //
@@ -31,6 +37,8 @@
 //	5  refused by the agent
 //	6  agent unreachable, or gone during the call, with --fail-open=false
 //	7  gave up after --timeout
+//	8  forced: somebody ended the wait early
+//	9  install failed
 //
 // The codes are for scripts and people. The kubelet makes a FailedPreStopHook event of any code but 0, drops what the
 // hook printed, and goes on to SIGTERM all the same.
@@ -64,9 +72,15 @@ const (
 	exitRefused     = 5
 	exitUnreachable = 6
 	exitGaveUp      = 7
+	exitForced      = 8
+	exitInstall     = 9
 
 	// connectTimeout is for an agent in the same pod: it answers at once or it isn't there.
 	connectTimeout = 2 * time.Second
+	// rejoinFor is how long an agent that went away during the call may take to come back, asked every rejoinEvery. It is
+	// short because it may be taken off the application's part of the grace period, which only the agent knew.
+	rejoinFor   = 2 * time.Second
+	rejoinEvery = 100 * time.Millisecond
 	// maxAnswer is far more than any verdict has.
 	maxAnswer = 1 << 20
 
@@ -79,6 +93,7 @@ var version string
 const usage = `usher-prestop asks the Usher agent to take this instance offline, and waits until its requests in flight are done.
 
 Usage: usher-prestop [flags]
+       usher-prestop install FOLDER    copies the program to FOLDER/usher-prestop, for the containers that mount that volume
 
   --agent URL         unix:///path/to/agent.sock or http://host:port (default http://127.0.0.1:7401; env USHER_AGENT)
   --token TOKEN       hook token; every process of the pod can read it here, so rather use one of:
@@ -99,6 +114,8 @@ Exit codes:
   5  refused by the agent
   6  agent unreachable, or gone during the call, with --fail-open=false
   7  gave up after --timeout
+  8  forced: somebody ended the wait early
+  9  install failed
 
 The kubelet makes a FailedPreStopHook event of any code but 0, and goes on to SIGTERM all the same.
 `
@@ -115,6 +132,9 @@ type config struct {
 }
 
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "install" {
+		return runInstall(args[1:], stdout, stderr)
+	}
 	var cfg config
 	fs := flag.NewFlagSet("usher-prestop", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -161,7 +181,7 @@ func (c *config) fill(fs *flag.FlagSet, agent, token, tokenFile, output string, 
 	set := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { set[f.Name] = true })
 	if fs.NArg() > 0 {
-		return fmt.Errorf("argument %q: want flags only", fs.Arg(0))
+		return fmt.Errorf("argument %q: want flags only, or first of all install and a folder", fs.Arg(0))
 	}
 	source := "--agent"
 	if v := getenv("USHER_AGENT"); v != "" && !set["agent"] {
@@ -228,48 +248,76 @@ func failed(code int, outcome, format string, args ...any) (api.Verdict, int) {
 	return api.Verdict{Outcome: api.Outcome(outcome), Message: fmt.Sprintf(format, args...)}, code
 }
 
-// call asks the agent and waits.
+// call asks the agent and waits, and asks again where the agent went away meanwhile.
 func (c *config) call() (api.Verdict, int) {
-	dialer := net.Dialer{Timeout: connectTimeout}
+	var deadline time.Time // none
 	if c.timeout > 0 {
-		dialer.Deadline = time.Now().Add(c.timeout)
+		deadline = time.Now().Add(c.timeout)
 	}
+	var lost api.Verdict // of the call that broke off
+	var until time.Time
+	for {
+		asked := time.Now()
+		v, code, gone := c.ask(deadline)
+		switch {
+		case code != exitUnreachable:
+			return v, code
+		case gone && (until.IsZero() || time.Since(asked) > rejoinFor):
+			lost, until = v, time.Now().Add(rejoinFor)
+		case until.IsZero():
+			return v, code
+		}
+		if time.Now().Add(rejoinEvery).After(until) {
+			lost.Message += fmt.Sprintf("; not back in %s", rejoinFor)
+			return lost, exitUnreachable
+		}
+		time.Sleep(rejoinEvery)
+	}
+}
+
+// ask makes one call, until deadline if that isn't zero. gone: it broke off after it began.
+func (c *config) ask(deadline time.Time) (v api.Verdict, code int, gone bool) {
 	lost := func(what string, err error) (api.Verdict, int) {
-		if c.timeout > 0 && !time.Now().Before(dialer.Deadline) {
+		if c.timeout > 0 && !time.Now().Before(deadline) {
 			return failed(exitGaveUp, "gave-up", "gave up after --timeout %s, without a verdict", c.timeout)
 		}
 		return failed(exitUnreachable, "unreachable", "%s: %v", what, err)
 	}
 
+	dialer := net.Dialer{Timeout: connectTimeout, Deadline: deadline}
 	conn, err := dialer.Dial(c.network, c.address)
-	if err != nil {
-		return lost("agent unreachable", err)
+	if err == nil {
+		defer conn.Close()
+		err = conn.SetDeadline(deadline)
 	}
-	defer conn.Close()
-	if err := conn.SetDeadline(dialer.Deadline); err != nil {
-		return lost("agent unreachable", err)
+	if err != nil {
+		v, code = lost("agent unreachable", err)
+		return v, code, false
 	}
 	req := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: api.PrestopPath}, Host: c.host, Close: true,
 		ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"User-Agent": {"usher-prestop"}}}
 	if c.token != "" {
 		req.Header.Set(api.TokenHeader, c.token)
 	}
-	if err := req.Write(conn); err != nil {
-		return lost("agent gone during the call", err)
-	}
-	resp, err := http.ReadResponse(bufio.NewReader(conn), req)
+	var resp *http.Response
 	var body []byte
+	if err = req.Write(conn); err == nil {
+		resp, err = http.ReadResponse(bufio.NewReader(conn), req)
+	}
 	if err == nil {
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	}
 	var netErr net.Error
 	switch {
 	case errors.As(err, &netErr), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return lost("agent gone during the call", err)
+		v, code = lost("agent gone during the call", err)
+		return v, code, true
 	case err != nil:
-		return failed(exitNonsense, "nonsense", "not an agent's answer: %v", err)
+		v, code = failed(exitNonsense, "nonsense", "not an agent's answer: %v", err)
+	default:
+		v, code = judge(resp.Status, resp.StatusCode, body)
 	}
-	return judge(resp.Status, resp.StatusCode, body)
+	return v, code, false
 }
 
 // judge reads an answer.
@@ -295,14 +343,16 @@ func judge(status string, code int, body []byte) (api.Verdict, int) {
 		return v, exitTimedOut
 	case api.Unmeasured:
 		return v, exitUnmeasured
+	case api.Forced:
+		return v, exitForced
 	}
-	return failed(exitNonsense, "nonsense", "agent answered outcome %q: want %s, %s, %s or %s",
-		v.Outcome, api.Drained, api.TimedOut, api.Unmeasured, api.Skipped)
+	return failed(exitNonsense, "nonsense", "agent answered outcome %q: want %s, %s, %s, %s or %s",
+		v.Outcome, api.Drained, api.TimedOut, api.Unmeasured, api.Skipped, api.Forced)
 }
 
 // report prints the verdict: on standard output when it is the agent's, or JSON; else on standard error.
 func (c *config) report(v api.Verdict, code int, stdout, stderr io.Writer) {
-	fromAgent := code == exitDrained || code == exitTimedOut || code == exitUnmeasured
+	fromAgent := code == exitDrained || code == exitTimedOut || code == exitUnmeasured || code == exitForced
 	out, line := stderr, "usher-prestop: "+v.Message
 	switch {
 	case fromAgent:

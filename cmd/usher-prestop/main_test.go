@@ -143,13 +143,16 @@ func TestExitCodeAndOutputOfEachOutcome(t *testing.T) {
 		{"unmeasured", func(t *testing.T) string {
 			return serve(t, "tcp", answer(200, verdict(api.Unmeasured, "without knowing what was in flight", 0)))
 		}, nil, 4, "without knowing", ""},
+		{"forced", func(t *testing.T) string {
+			return serve(t, "tcp", answer(200, verdict(api.Forced, "released by alice with 3 in flight", 3)))
+		}, nil, 8, "released by alice with 3 in flight (cause: prestop hook", ""},
 		{"refused", func(t *testing.T) string { return serve(t, "tcp", answer(403, api.Error{Error: "not terminating"})) },
 			nil, 5, "", "refused by the agent: not terminating"},
 		{"nobody listens, fail open", nobody, nil, 0, "", "agent unreachable: dial tcp"},
 		{"nobody listens, fail closed", nobody, []string{"--fail-open=false"}, 6, "", "agent unreachable: dial tcp"},
 		{"no socket", func(t *testing.T) string { return "unix:///nonexistent/agent.sock" }, []string{"--fail-open=false"}, 6, "", "agent unreachable: dial unix"},
 		{"dies before an answer, fail open", func(t *testing.T) string { return raw(t, "") }, nil, 0, "", "SIGTERM goes ahead without a drain"},
-		{"dies before an answer", func(t *testing.T) string { return raw(t, "") }, []string{"--fail-open=false"}, 6, "", "agent gone during the call"},
+		{"dies before an answer", func(t *testing.T) string { return raw(t, "") }, []string{"--fail-open=false"}, 6, "", "not back in 2s"},
 		{"dies inside the answer", func(t *testing.T) string { return raw(t, "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{\"outc") },
 			[]string{"--fail-open=false"}, 6, "", "agent gone during the call"},
 		{"no HTTP", func(t *testing.T) string { return raw(t, "SSH-2.0-OpenSSH_9.2\r\n\r\n") }, nil, 1, "", "not an agent's answer"},
@@ -162,6 +165,7 @@ func TestExitCodeAndOutputOfEachOutcome(t *testing.T) {
 		{"own timeout", func(t *testing.T) string {
 			return serve(t, "tcp", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 		}, []string{"--timeout", "100ms"}, 7, "", "gave up after --timeout 100ms"},
+		{"own timeout while the agent keeps dying", func(t *testing.T) string { return raw(t, "") }, []string{"--timeout", "300ms"}, 7, "", "gave up after --timeout 300ms"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -196,6 +200,38 @@ func TestWaitsAsLongAsTheAgentDoes(t *testing.T) {
 	close(release)
 	if r := <-done; r.code != 0 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// An agent that is restarted in mid-call finds the caller again: the call is joined anew, each time with 2 s to come back.
+func TestRejoinsAnAgentThatComesBack(t *testing.T) {
+	t.Parallel()
+	for _, network := range []string{"tcp", "unix"} {
+		t.Run(network, func(t *testing.T) {
+			t.Parallel()
+			l, agent := listen(t, network)
+			done := make(chan result, 1)
+			go func() { done <- hook(t, nil, "--agent", agent, "--fail-open=false") }()
+			for _, life := range []time.Duration{0, rejoinFor + 100*time.Millisecond} {
+				conn, err := l.Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn.Read(make([]byte, 4096))
+				time.Sleep(life) // so long the agent has the caller wait
+				l.Close()
+				conn.Close()
+				if l, err = net.Listen(network, l.Addr().String()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			srv := &http.Server{Handler: answer(200, verdict(api.Drained, "drained in 1.3s", 0))}
+			go srv.Serve(l)
+			defer srv.Close()
+			if r := <-done; r.code != 0 || !strings.Contains(r.stdout, "drained in 1.3s") || r.stderr != "" {
+				t.Errorf("%+v", r)
+			}
+		})
 	}
 }
 
@@ -261,6 +297,9 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 	}{
 		{nil, []string{"--nope"}, "-nope"},
 		{nil, []string{"now"}, `argument "now": want flags only`},
+		{nil, []string{"install"}, "want one folder"},
+		{nil, []string{"install", "/a", "/b"}, "want one folder"},
+		{nil, []string{"install", "--now"}, "want one folder"},
 		{nil, []string{"--agent", "127.0.0.1:7401"}, `--agent is "127.0.0.1:7401": want unix:///path`},
 		{nil, []string{"--agent", "https://a:1"}, `--agent is "https://a:1"`},
 		{nil, []string{"--agent", "http://a"}, `--agent is "http://a"`},
@@ -292,7 +331,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if r.code != 0 || r.stderr != "" {
 		t.Errorf("%+v", r)
 	}
-	for _, want := range []string{"--agent", "--token-file", "USHER_TOKEN", "--fail-open", "--log-to-pid1", "  7  ", "FailedPreStopHook"} {
+	for _, want := range []string{"--agent", "--token-file", "USHER_TOKEN", "--fail-open", "--log-to-pid1", "  7  ", "  8  forced", "  9  install failed", "FailedPreStopHook", "usher-prestop install FOLDER"} {
 		if !strings.Contains(r.stdout, want) {
 			t.Errorf("--help doesn't say %q", want)
 		}
