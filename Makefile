@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-integration test-faults test-conformance test-traefik check fmt cluster cluster-down bench clean deps
+.PHONY: help build demo test test-unit test-integration test-faults test-conformance test-traefik check fmt cluster cluster-down bench bench-rollout soak clean deps
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
@@ -56,6 +56,12 @@ cluster-down: ## Take them down
 
 bench: ## Measure the figures that README and the targets speak of (root)
 	@cd integration && go run ./cmd/bench
+
+bench-rollout: ## Compare what rolling updates lose: without a hook, with sleeps, with Usher; and draw docs/rollout.svg (root)
+	@cd integration && go run ./cmd/bench-rollout --svg ../docs/rollout.svg
+
+soak: ## Replace pods under load, 30 times and more, and lose nothing (root; ROLLOUTS=N)
+	@cd integration && go run ./cmd/soak $(if $(ROLLOUTS),--rollouts $(ROLLOUTS))
 
 clean: ## Remove what was built
 	rm -rf bin
