@@ -20,7 +20,7 @@ import (
 
 const module = "usher.dev/usher"
 
-// rule is for the package of, and for those below it.
+// rule is for the package of, and for those below it; only, as far as none of these has an only of its own.
 type rule struct {
 	of string
 	// only are the packages beyond the standard library that it may import itself; nil allows all. Of several rules with a
@@ -65,6 +65,14 @@ var rules = []rule{
 	{
 		of: module + "/notify", only: []string{"go.uber.org/zap", module + "/internal/api"},
 		why: "it tells whoever listens what others decided, and knows nothing of how",
+	},
+	{
+		of: module + "/drain/inflight", only: []string{}, tests: []string{module + "/drain"},
+		why: "it is linked into applications, whose dependencies are none of its business",
+	},
+	{
+		of: module + "/drain/inflight/grpcinflight", only: []string{"google.golang.org/grpc", module + "/drain/inflight"},
+		why: "it is linked into applications that have gRPC already, and nothing else",
 	},
 	{
 		of: module + "/internal/api", only: []string{}, never: []string{module + "/lifecycle"},
@@ -123,6 +131,13 @@ func (p *pkg) direct() []string {
 	all := slices.Concat(p.Imports, p.TestImports, p.XTestImports)
 	slices.Sort(all)
 	return slices.Compact(all)
+}
+
+// narrower says whether p has a rule of what it may import that lies within r's packages.
+func (p *pkg) narrower(r rule) bool {
+	return slices.ContainsFunc(rules, func(n rule) bool {
+		return n.only != nil && n.of != r.of && within(n.of, r.of) && within(p.ImportPath, n.of)
+	})
 }
 
 // standard says whether path is of the standard library. Of what only tests import, the list has no entry.
@@ -264,6 +279,11 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		{"drain", module + "/lifecycle", `drain imports usher.dev/usher/lifecycle, but may`},
 		{"drain", "github.com/prometheus/client_golang/prometheus", ``}, // of its tests
 		{"notify", module + "/lifecycle", `notify imports usher.dev/usher/lifecycle, but may`},
+		{"drain/inflight", "go.uber.org/zap", `drain/inflight imports go.uber.org/zap, but may`},
+		{"drain/inflight", "google.golang.org/grpc/stats", `drain/inflight imports google.golang.org/grpc/stats, but may`},
+		{"drain/inflight/grpcinflight", "google.golang.org/grpc/stats", ``},
+		{"drain/inflight/grpcinflight", "go.uber.org/zap", `drain/inflight/grpcinflight imports go.uber.org/zap, but may`},
+		{"drain/inflight/grpcinflight", "far", `drain/inflight/grpcinflight -> far -> k8s.io/api must never`},
 		{"internal/api", "go.uber.org/zap", `internal/api imports go.uber.org/zap, but may`},
 		{"cmd/usher-prestop", "go.uber.org/zap", `cmd/usher-prestop imports go.uber.org/zap, but may`},
 		{"cmd/usherctl", "far", `cmd/usherctl -> far -> k8s.io/api must never`},
