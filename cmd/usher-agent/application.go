@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"time"
 
-	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
@@ -120,7 +119,6 @@ func (a *agent) held(h *lifecycle.Hold) {
 		e.Type, e.Cause = api.EventHeld, h.String()
 	}
 	e.State = a.machine.Status().State.String()
-	a.log.Info(string(e.Type), zap.String("cause", e.Cause))
 	a.hub.Publish(e)
 }
 
