@@ -108,9 +108,9 @@ func (r Report) Notes() []string {
 		most = max(most, res.Rate())
 	}
 	return []string{
-		fmt.Sprintf("Each way: %d rollouts of %d replicas on a real Kubernetes (one node), one at a time, grace period 30 s; %.0f to %.0f requests/s in an open and a closed loop, over "+
+		fmt.Sprintf("Each way: %s of %d replicas on a real Kubernetes (one node), one at a time, grace period 30 s; %.0f to %.0f requests/s in an open and a closed loop, over "+
 			"HTTP/1.1 keep-alive and gRPC, found through etcd; 95 in 100 take 1 ms, 4 take 2 s, 1 takes 8 s; beside that one idle keep-alive connection to each pod. "+
-			"The application dies at once on SIGTERM.", rollouts, replicas, least, most),
+			"The application dies at once on SIGTERM.", plural(rollouts, "rollout"), replicas, least, most),
 		"Beyond: from a pod's last answer, or from the moment when it would have come, to SIGTERM; 0 when SIGTERM came first. Rollout: from the patch until the last old pod " +
 			"has ended and the registry names the new ones, and them only.",
 		"In all ways with a hook or deregistration, the agent takes the record out as soon as the pod is deleted. Drain until no connection is open: as the shutdown managers of proxies do, " +
@@ -168,6 +168,13 @@ func how(failed int64, classes map[load.Class]int64) string {
 		parts = append(parts, fmt.Sprintf("%s %d", c, classes[c]))
 	}
 	return fmt.Sprintf("%d (%s)", failed, strings.Join(parts, ", "))
+}
+
+func plural(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }
 
 func seconds(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }

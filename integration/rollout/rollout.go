@@ -68,6 +68,13 @@ type Config struct {
 
 func (c Config) say(format string, args ...any) { fmt.Fprintf(c.Progress, format+"\n", args...) }
 
+// tell shows the evidence of what went wrong, if anything did.
+func (c Config) tell(s *site, t Turn) {
+	if text := s.account(t); text != "" {
+		c.say("%s", text)
+	}
+}
+
 // Bench rolls the ways out in turns.
 func Bench(ctx context.Context, cfg Config) (_ Report, err error) {
 	ctx, stop := context.WithCancelCause(ctx)
@@ -115,7 +122,7 @@ func Bench(ctx context.Context, cfg Config) (_ Report, err error) {
 				report.Results[i].Turns = append(report.Results[i].Turns, turn)
 				cfg.say("round %d of %d: %s: %s", round+1, cfg.Rollouts, s.way.Name, turn)
 				if s.way.Ours {
-					cfg.say("%s", s.account(turn))
+					cfg.tell(s, turn)
 				}
 			})
 		}

@@ -47,9 +47,10 @@ type site struct {
 	idle      *http.Transport
 	close     context.CancelFunc
 
-	mu   sync.Mutex
-	pods map[string]*pod // by name
-	byIP map[string]*pod
+	mu     sync.Mutex
+	pods   map[string]*pod // by name
+	byIP   map[string]*pod
+	strays []load.Result // failed at no pod that is known
 }
 
 // pod is all that is known of one. Times are zero until they are known.
@@ -62,6 +63,7 @@ type pod struct {
 	owed     int // answers, when SIGTERM came, as the application counts them
 	answered time.Time
 	failed   []load.Result
+	told     int             // how many of failed are accounted for
 	followed map[string]bool // containers whose log is read
 	log      []line
 }
@@ -229,9 +231,11 @@ func (s *site) result(r load.Result) {
 		}
 		return
 	}
-	if host, _, err := net.SplitHostPort(r.Instance); err == nil && s.byIP[host] != nil {
-		p := s.byIP[host]
+	host, _, _ := net.SplitHostPort(r.Instance) // none: it reached no instance
+	if p := s.byIP[host]; p != nil {
 		p.failed = append(p.failed, r)
+	} else if s.way.Ours {
+		s.strays = append(s.strays, r)
 	}
 }
 

@@ -98,6 +98,7 @@ func Soak(ctx context.Context, cfg Config) (_ Endurance, err error) {
 		return Endurance{}, err
 	}
 	var e Endurance
+	var last Turn
 	begun := time.Now()
 	for e.Rollouts < cfg.Rollouts {
 		turn, err := s.rollOut(ctx, lead)
@@ -115,14 +116,14 @@ func Soak(ctx context.Context, cfg Config) (_ Endurance, err error) {
 		turn.Stops = s.stops(turn.old)
 		e.Stops = append(e.Stops, turn.Stops...)
 		cfg.say("rollout %d of %d in %s: %s", e.Rollouts, cfg.Rollouts, seconds(turn.Took), turn)
-		if text := s.account(turn); text != "" {
-			cfg.say("%s", strings.TrimSuffix(text, "\n"))
-		}
+		last = turn
+		cfg.tell(s, turn)
 		s.forget(turn.old)
 	}
 	e.After, err = s.vitals(ctx)
 	tr.stop()
 	<-tr.ended
+	cfg.tell(s, last)
 	e.Took, e.Load = time.Since(begun), tr.report
 	return e, err
 }

@@ -3,13 +3,16 @@ package rollout
 import (
 	"context"
 	"fmt"
-	"net"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"usher.dev/usher/integration/load"
 )
+
+// clock is how a time of the day is shown.
+const clock = "15:04:05.000"
 
 // Turn is one rollout of one way.
 type Turn struct {
@@ -113,34 +116,41 @@ func (s *site) send(ctx context.Context, fail context.CancelCauseFunc) (*traffic
 	return t, nil
 }
 
-// account is the evidence of what went wrong in a turn: every pod that lost a request or lingered, with all that was seen
-// of it, from its deletion on. It is empty when all went well.
+// account is the evidence of what went wrong: every pod that has lost a request since the last account, or lingered in this
+// turn, with all that was seen of it. It is empty when all went well.
 func (s *site) account(t Turn) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var b strings.Builder
-	for i, st := range t.Stops {
-		p := t.old[i]
-		s.mu.Lock()
-		failed, log := p.failed, slices.Clone(p.log)
-		s.mu.Unlock()
-		if len(failed) == 0 && st.Beyond() <= Most {
+	for _, name := range slices.Sorted(maps.Keys(s.pods)) {
+		p := s.pods[name]
+		failed := p.failed[p.told:]
+		p.told = len(p.failed)
+		if len(failed) == 0 && !(slices.Contains(t.old, p) && p.stop().Beyond() > Most) {
 			continue
 		}
-		fmt.Fprintf(&b, "pod %s (%s), deleted at %s: SIGTERM after %s, its requests needed %s, it owed %d answers\n",
-			p.name, p.ip, p.deleted.Format("15:04:05.000"), seconds(st.After), seconds(st.Needed), st.Owed)
+		from := t.begun
+		if p.deleted.IsZero() {
+			fmt.Fprintf(&b, "pod %s (%s), which nobody has deleted; times count from the patch at %s\n", p.name, p.ip, from.Format(clock))
+		} else {
+			from = p.deleted
+			st := p.stop()
+			fmt.Fprintf(&b, "pod %s (%s), deleted at %s: SIGTERM after %s, its requests needed %s, it owed %d answers; times count from its deletion\n",
+				p.name, p.ip, from.Format(clock), seconds(st.After), seconds(st.Needed), st.Owed)
+		}
 		for _, f := range failed {
-			fmt.Fprintf(&b, "  failed: %s\n", describe(f, p.deleted))
+			fmt.Fprintf(&b, "  failed: %s\n", describe(f, from))
 		}
-		slices.SortStableFunc(log, func(a, b line) int { return a.at.Compare(b.at) })
-		for _, l := range log {
-			fmt.Fprintf(&b, "  %+9.3f s  %-5s  %s\n", l.at.Sub(p.deleted).Seconds(), l.container, l.text)
-		}
-	}
-	for _, f := range t.Load.Failures {
-		if host, _, err := net.SplitHostPort(f.Instance); err != nil || !slices.ContainsFunc(t.old, func(p *pod) bool { return p.ip == host }) {
-			fmt.Fprintf(&b, "failed, at no replaced pod: %s\n", describe(f, t.begun))
+		slices.SortStableFunc(p.log, func(a, b line) int { return a.at.Compare(b.at) })
+		for _, l := range p.log {
+			fmt.Fprintf(&b, "  %+9.3f s  %-5s  %s\n", l.at.Sub(from).Seconds(), l.container, l.text)
 		}
 	}
-	return b.String()
+	for _, f := range s.strays {
+		fmt.Fprintf(&b, "failed at no pod that is known, times count from the patch at %s: %s\n", t.begun.Format(clock), describe(f, t.begun))
+	}
+	s.strays = nil
+	return strings.TrimSuffix(b.String(), "\n")
 }
 
 // describe is one failed request, with its times counted from a moment.
