@@ -25,6 +25,9 @@ const (
 	maxReason = 1024 // bytes of a hold's reason, and of its actor
 )
 
+// ErrBadHold says that a hold is not as it has to be.
+var ErrBadHold = errors.New("bad hold")
+
 // ErrNotConnected says that the Registrar has not reached etcd since its start.
 var ErrNotConnected = errors.New("not connected to etcd yet")
 
@@ -89,7 +92,8 @@ func checkHold(h lifecycle.Hold) error {
 
 // PutHold holds a Pod: its agent keeps it out of the registry until the hold expires or DeleteHold takes it back. It takes
 // the place of a hold that is there. What it returns is h as it stands: Since is now, and Expires DefaultHold from now if
-// h names none. Agents go by their own clock, and by the lease in etcd, whichever ends first.
+// h names none. An error about h itself wraps ErrBadHold. Agents go by their own clock, and by the lease in etcd, whichever
+// ends first.
 func PutHold(ctx context.Context, cli *clientv3.Client, cluster, namespace, podUID string, h lifecycle.Hold) (lifecycle.Hold, error) {
 	if err := checkPod(cluster, namespace, podUID); err != nil {
 		return lifecycle.Hold{}, fmt.Errorf("hold: %w", err)
@@ -100,7 +104,7 @@ func PutHold(ctx context.Context, cli *clientv3.Client, cluster, namespace, podU
 	}
 	h.Expires = h.Expires.UTC().Round(0)
 	if err := checkHold(h); err != nil {
-		return lifecycle.Hold{}, fmt.Errorf("hold: %w", err)
+		return lifecycle.Hold{}, fmt.Errorf("%w: %w", ErrBadHold, err)
 	}
 	asked := clientv3.WithRequireLeader(ctx)
 	asked, cancel := context.WithTimeout(asked, requestTimeout)

@@ -20,7 +20,7 @@ AGE is how long the instance has been in its state. A ledger value that is no re
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			service, err := serviceArg(args)
+			service, err := optionalArg("SERVICE", args)
 			if err != nil {
 				return err
 			}
@@ -38,12 +38,13 @@ AGE is how long the instance has been in its state. A ledger value that is no re
 	}
 }
 
-func serviceArg(args []string) (string, error) {
+// optionalArg is the only argument, or empty.
+func optionalArg(name string, args []string) (string, error) {
 	if len(args) == 0 {
 		return "", nil
 	}
 	if args[0] == "" || strings.Contains(args[0], "/") {
-		return "", fmt.Errorf("SERVICE is %q: want a name without '/'", args[0])
+		return "", fmt.Errorf("%s is %q: want a name without '/'", name, args[0])
 	}
 	return args[0], nil
 }
@@ -59,7 +60,7 @@ func (a *app) printInstances(entries []registry.Entry) error {
 		}{items})
 	}
 	if len(entries) == 0 {
-		a.nothingFound("")
+		a.nothingFound("instances", "")
 		return nil
 	}
 	wide, age := a.output == "wide", a.ages()

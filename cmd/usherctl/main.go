@@ -1,11 +1,14 @@
-// Command usherctl shows operators what Usher's ledger in etcd has of their instances. Installed as kubectl-usher it is
-// the kubectl plugin `kubectl usher`.
+// Command usherctl shows operators what Usher's ledger in etcd has of their instances, and lets them hold one. Installed as
+// kubectl-usher it is the kubectl plugin `kubectl usher`.
 //
 //	usherctl get instances [SERVICE]   the instances, as a table
+//	usherctl get verdicts [POD]        how the last shutdowns ended, also of pods that are gone
 //	usherctl watch [SERVICE]           the instances, then a line for each change
-//	usherctl status POD                all about one pod, held against what etcd really has
+//	usherctl status POD                all about one pod, held against what etcd really has, and its last shutdown
+//	usherctl hold POD --reason TEXT    take a pod out of the registry for a while
+//	usherctl resume POD                take the hold back
 //
-// It reads etcd and nothing else: no Kubernetes API, no kubeconfig. So the namespace is what -n or USHER_NAMESPACE says,
+// It asks etcd and nothing else: no Kubernetes API, no kubeconfig. So the namespace is what -n or USHER_NAMESPACE says,
 // else "default"; the cluster what --cluster or USHER_CLUSTER says, else "default". The etcd flags and the ETCDCTL_*
 // environment are etcdctl's.
 //
@@ -77,7 +80,7 @@ type app struct {
 func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           strings.ReplaceAll(a.name, " ", "-"),
-		Short:         "Show what the Usher ledger in etcd has of service instances",
+		Short:         "Show what the Usher ledger in etcd has of service instances, and hold one",
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: a.name},
 		Version:       buildVersion(),
 		SilenceErrors: true,
@@ -110,10 +113,10 @@ func (a *app) command() *cobra.Command {
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
 
 	get := &cobra.Command{Use: "get", Short: "Show a table of something", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		return fmt.Errorf("get what? want: %s instances [SERVICE]", cmd.CommandPath())
+		return fmt.Errorf("get what? want: %[1]s instances [SERVICE], or %[1]s verdicts [POD]", cmd.CommandPath())
 	}}
-	get.AddCommand(a.getInstances())
-	root.AddCommand(get, a.watch(), a.status())
+	get.AddCommand(a.getInstances(), a.getVerdicts())
+	root.AddCommand(get, a.watch(), a.status(), a.hold(), a.resume())
 	return root
 }
 
@@ -153,11 +156,29 @@ func (a *app) check(cmd *cobra.Command) error {
 	return nil
 }
 
-// catalog connects to etcd. The caller ends with stop, and passes errors of the catalog through explain.
+// catalog is connect for those who only read.
 func (a *app) catalog(cmd *cobra.Command) (c *registry.Catalog, explain func(error) error, stop func(), err error) {
+	e, err := a.connect(cmd)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	return registry.NewCatalog(e.cli, a.cluster), e.explain, e.stop, nil
+}
+
+// etcd is a connection.
+type etcd struct {
+	cli     *clientv3.Client
+	explain func(error) error // makes the best of an error of the client
+}
+
+// stop drops the error: what is written has been answered, so nothing can be lost.
+func (e etcd) stop() { _ = e.cli.Close() }
+
+// connect connects to etcd. The caller ends with stop.
+func (a *app) connect(cmd *cobra.Command) (etcd, error) {
 	conn := registry.Connection{}
 	if err := conn.FromETCDCTL(a.getenv); err != nil {
-		return nil, nil, nil, err
+		return etcd{}, err
 	}
 	changed := cmd.Flags().Changed
 	for _, f := range []struct {
@@ -178,7 +199,7 @@ func (a *app) catalog(cmd *cobra.Command) (c *registry.Catalog, explain func(err
 		}
 	}
 	last := &lastError{}
-	explain = func(err error) error {
+	explain := func(err error) error {
 		if detail := last.text(); errors.Is(err, context.DeadlineExceeded) && detail != "" {
 			return fmt.Errorf("etcd at %s doesn't answer: %s", strings.Join(conn.Endpoints, ","), detail)
 		}
@@ -186,13 +207,10 @@ func (a *app) catalog(cmd *cobra.Command) (c *registry.Catalog, explain func(err
 	}
 	cli, err := conn.Dial(zap.New(last))
 	if err != nil {
-		return nil, nil, nil, explain(err)
+		return etcd{}, explain(err)
 	}
-	return registry.NewCatalog(cli, a.cluster), explain, func() { closeClient(cli) }, nil
+	return etcd{cli, explain}, nil
 }
-
-// closeClient drops the error: nothing is written, so nothing can be lost.
-func closeClient(cli *clientv3.Client) { _ = cli.Close() }
 
 // lastError is a log core that keeps the last error that the etcd client logged. The client's own errors say only that
 // the time was up; the reason (connection refused, a certificate) is in its log.
@@ -237,12 +255,21 @@ func (l *lastError) text() string {
 }
 
 // nothingFound is kubectl's way to say so.
-func (a *app) nothingFound(more string) {
+func (a *app) nothingFound(what, more string) {
 	if a.namespace == "" {
-		fmt.Fprintf(a.stderr, "No instances found%s.\n", more)
+		fmt.Fprintf(a.stderr, "No %s found%s.\n", what, more)
 		return
 	}
-	fmt.Fprintf(a.stderr, "No instances found in namespace %q%s.\n", a.namespace, more)
+	fmt.Fprintf(a.stderr, "No %s found in namespace %q%s.\n", what, a.namespace, more)
+}
+
+// noRecord is the error for a pod that isn't found.
+func (a *app) noRecord(pod string) error {
+	where := fmt.Sprintf("namespace %q", a.namespace)
+	if a.allNamespaces {
+		where = "any namespace"
+	}
+	return fmt.Errorf("pod %q has no record in %s of cluster %q", pod, where, a.cluster)
 }
 
 // ages counts every age of one output from the same moment.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -17,7 +18,8 @@ func (a *app) status() *cobra.Command {
 		Use:   "status POD",
 		Short: "Show all about one pod, held against what etcd really has",
 		Long: `Show the ledger's records of one pod, one for each of its Services, and hold them against what etcd really has: what is
-left of the lease, and whether each consumer key is there under that same lease.`,
+left of the lease, and whether each consumer key is there under that same lease. How its last shutdown ended comes last;
+that is there for a while after the pod is gone.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -30,7 +32,7 @@ left of the lease, and whether each consumer key is there under that same lease.
 			if err != nil {
 				return explain(err)
 			}
-			var found []instanceStatus
+			found := []instanceStatus{}
 			for _, e := range entries {
 				if e.Pod != args[0] {
 					continue
@@ -39,16 +41,34 @@ left of the lease, and whether each consumer key is there under that same lease.
 				if err != nil {
 					return explain(err)
 				}
-				found = append(found, newInstanceStatus(e, s))
-			}
-			if len(found) == 0 {
-				where := fmt.Sprintf("namespace %q", a.namespace)
-				if a.allNamespaces {
-					where = "any namespace"
+				i := newInstanceStatus(e, s)
+				if e.Err == nil {
+					h, err := c.Hold(cmd.Context(), e.Namespace, e.Record.Owner.PodUID)
+					if err != nil && !errors.Is(err, registry.ErrNotARecord) {
+						return explain(err)
+					}
+					if i.Hold = newHoldStatus(h); err != nil {
+						i.HoldError = err.Error()
+					}
 				}
-				return fmt.Errorf("pod %q has no record in %s of cluster %q", args[0], where, a.cluster)
+				found = append(found, i)
 			}
-			return a.printStatus(args[0], found)
+			verdicts, err := c.Verdicts(cmd.Context(), a.namespace, args[0])
+			if err != nil {
+				return explain(err)
+			}
+			last := []verdictItem{}
+			seen := map[string]bool{}
+			for _, e := range verdicts { // the newest is first
+				if !seen[e.Namespace] {
+					seen[e.Namespace] = true
+					last = append(last, newVerdictItem(e))
+				}
+			}
+			if len(found) == 0 && len(last) == 0 {
+				return a.noRecord(args[0])
+			}
+			return a.printStatus(args[0], found, last)
 		},
 	}
 }
@@ -61,6 +81,8 @@ type instanceStatus struct {
 	TTL       int64       `json:"ttlSeconds"`
 	Granted   int64       `json:"grantedTTLSeconds"`
 	Keys      []keyStatus `json:"keys"`
+	Hold      *holdStatus `json:"hold,omitempty"`
+	HoldError string      `json:"holdError,omitempty"` // what stands in place of a hold
 }
 
 type keyStatus struct {
@@ -79,25 +101,36 @@ func newInstanceStatus(e registry.Entry, s registry.Standing) instanceStatus {
 	return i
 }
 
-func (a *app) printStatus(pod string, found []instanceStatus) error {
+func (a *app) printStatus(pod string, found []instanceStatus, last []verdictItem) error {
 	if a.output == "json" || a.output == "yaml" {
 		return encode(a.stdout, a.output, struct {
 			Pod       string           `json:"pod"`
 			Cluster   string           `json:"cluster"`
 			Instances []instanceStatus `json:"instances"`
-		}{pod, a.cluster, found})
+			Verdicts  []verdictItem    `json:"verdicts"` // the last one; of each namespace
+		}{pod, a.cluster, found, last})
 	}
 	w := tabwriter.NewWriter(a.stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintf(w, "Name:\t%s\n", pod)
 	fmt.Fprintf(w, "Cluster:\t%s\n", a.cluster)
+	if len(found) == 0 {
+		fmt.Fprintln(w, "State:\tgone")
+	}
 	age := a.ages()
+	blocks := make([]func(), 0, len(found)+len(last))
 	for _, i := range found {
-		// Each block has columns of its own.
+		blocks = append(blocks, func() { i.describe(w, age) })
+	}
+	for _, i := range last {
+		blocks = append(blocks, func() { i.describe(w, age) })
+	}
+	for _, block := range blocks {
+		// Each has columns of its own.
 		if err := w.Flush(); err != nil {
 			return fmt.Errorf("writing the status: %w", err)
 		}
 		fmt.Fprintln(w)
-		i.describe(w, age)
+		block()
 	}
 	if err := w.Flush(); err != nil {
 		return fmt.Errorf("writing the status: %w", err)
@@ -119,6 +152,12 @@ func (i instanceStatus) describe(w io.Writer, age func(time.Time) string) {
 	line("State", r.State)
 	line("Since", fmt.Sprintf("%s (%s ago)", r.Since.UTC().Format(time.RFC3339), age(r.Since)))
 	line("Cause", r.Cause)
+	if i.Hold != nil {
+		line("Held", i.Hold.text())
+	}
+	if i.HoldError != "" {
+		line("Held", "no: "+i.HoldError)
+	}
 	line("Verdict", r.Verdict)
 	line("Addresses", strings.Join(r.Addresses, ", "))
 	var ports []string

@@ -24,7 +24,7 @@ is one object a line, with -o yaml one document for each change.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			service, err := serviceArg(args)
+			service, err := optionalArg("SERVICE", args)
 			if err != nil {
 				return err
 			}
@@ -79,7 +79,7 @@ func (p *changePrinter) print(e registry.Event, now time.Time) error {
 	if e.Type == registry.Synced {
 		p.synced = true
 		if !p.any {
-			p.nothingFound("; waiting for changes")
+			p.nothingFound("instances", "; waiting for changes")
 		}
 		return p.flush()
 	}

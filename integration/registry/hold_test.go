@@ -227,7 +227,7 @@ func TestRegistrarHoldsItsOwnPod(t *testing.T) {
 		{lifecycle.Hold{Reason: "x", Expires: time.Now().Add(-time.Second)}, "want a time after"},
 		{lifecycle.Hold{Reason: "x", Expires: time.Now().Add(200 * time.Hour)}, "want at most 168h0m0s after"},
 	} {
-		if _, err := a.Hold(t.Context(), tc.hold); err == nil || !strings.Contains(err.Error(), tc.want) {
+		if _, err := a.Hold(t.Context(), tc.hold); !errors.Is(err, registry.ErrBadHold) || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%+v: %v, want %q", tc.hold, err, tc.want)
 		}
 	}
