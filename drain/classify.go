@@ -56,6 +56,9 @@ const (
 	ackAfterMax = 900 * time.Millisecond
 )
 
+// pureAckAfter is when the kernel has acknowledged for certain what it received: twice TCP_DELACK_MAX.
+const pureAckAfter = 400 * time.Millisecond
+
 // classify tells whether the application owes an answer on s. known is what earlier samples found, nil when there were none.
 //
 // The rule for HTTP/1.1 and all that takes turns like it: who received last owes an answer, who sent last does not. The
@@ -65,6 +68,8 @@ const (
 //   - an acknowledgement that arrived well after the tie: the peer acknowledges data only, and it had acknowledged all
 //     that came before its last request with that request, so this one is for an answer. A client that waits for an
 //     answer sends nothing. Delayed acknowledgements make this the usual sight on idle connections;
+//   - no acknowledgement without data since before the last request: the kernel acknowledges what it received after 200 ms at
+//     the latest (TCP_DELACK_MAX), and if nothing but data did that, then an answer was sent after the request;
 //   - segment counts, where earlier samples found this connection to exchange one data segment for one: one in more than
 //     out is a request without its answer. The reverse proves nothing: one answer of two segments evens it out;
 //   - nothing: unsure, and for the caller's patience to decide.
@@ -119,6 +124,9 @@ func classify(s *socket, known *connection) class {
 		if after := s.receivedAge - s.ackAge; s.state == stateEstablished && after >= ackAfterMin && after <= ackAfterMax {
 			return idle
 		}
+		if s.state == stateEstablished && s.receivedAge >= pureAckAfter && s.acksOut == known.acksBefore(s) {
+			return idle
+		}
 		if known != nil && known.paired && s.segsIn-s.segsOut == known.surplus+1 {
 			return owed
 		}
@@ -139,6 +147,13 @@ type connection struct {
 	received             uint64
 	sentAge, receivedAge time.Duration
 
+	// acksOut at the last sample, and baseAcks that of the last sample before the latest request came; 0 when it was there
+	// from the start, since the kernel counts from 0.
+	acksOut, baseAcks uint32
+	// late: after a tie an acknowledgement without data was sent, as for a request that waits. It is no proof, since
+	// a segment that arrives twice is acknowledged twice.
+	late bool
+
 	// surplus is segsIn minus segsOut with nothing owed (a handshake may leave some) and base segsIn when that was learnt. paired:
 	// a later sample found one segment out for every one in since.
 	surplus, base uint32
@@ -151,6 +166,18 @@ type connection struct {
 // moved tells whether data came or went since the last sample.
 func (c *connection) moved(s *socket) bool {
 	return c.segsIn != s.segsIn || c.segsOut != s.segsOut || c.received != s.received
+}
+
+// acksBefore is how many acknowledgements without data had been sent before the latest request came, or fewer.
+func (c *connection) acksBefore(s *socket) uint32 {
+	switch {
+	case c == nil:
+		return 0
+	case c.segsIn != s.segsIn:
+		return c.acksOut
+	default:
+		return c.baseAcks
+	}
 }
 
 // update takes in what a sample found, cl being its class. It returns how long an answer is seen to take: one that has been
@@ -191,6 +218,10 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 			c.learnPairs(s, cl)
 		}
 	}
+	moved := c.moved(s)
+	c.late = known && cl == unsure && !moved && (c.late || s.acksOut != c.acksOut && s.receivedAge <= ackAfterMax)
+	c.baseAcks = c.acksBefore(s)
+	c.acksOut = s.acksOut
 	c.class, c.quiet, c.lastSeen = cl, quiet, now
 	c.segsIn, c.segsOut, c.received = s.segsIn, s.segsOut, s.received
 	c.sentAge, c.receivedAge = s.sentAge, s.receivedAge

@@ -11,12 +11,14 @@ func TestClassify(t *testing.T) {
 	// An accepted connection on which one exchange of one segment each way is over, answered within a tick, 300 ms ago.
 	tie := func(change func(*socket)) socket {
 		s := socket{
-			state: stateEstablished, accepted: true, info: true, received: 100, segsIn: 1, segsOut: 1,
+			state: stateEstablished, accepted: true, info: true, received: 100, segsIn: 1, segsOut: 1, acksOut: 1,
 			sentAge: 300 * ms, receivedAge: 300 * ms, ackAge: 300 * ms,
 		}
 		change(&s)
 		return s
 	}
+	// long after, without a later acknowledgement.
+	long := func(s *socket) { s.receivedAge, s.sentAge, s.ackAge = 2*time.Second, 2*time.Second, 2*time.Second }
 	paired := &connection{class: owed, segsIn: 9, segsOut: 8, surplus: 0, based: true, paired: true}
 	for _, tc := range []struct {
 		name  string
@@ -49,6 +51,18 @@ func TestClassify(t *testing.T) {
 		{"tie, one segment for one, one more in, but something was sent twice", tie(func(s *socket) { s.segsIn = 12; s.segsOut = 11; s.retransmits = 1 }), paired, unsure},
 		{"tie, more out than in by the handshake", tie(func(s *socket) { s.segsIn = 12; s.segsOut = 14 }), &connection{based: true, paired: true, surplus: ^uint32(2)}, owed},
 		{"tie, counts not yet proven", tie(func(s *socket) { s.segsIn = 12; s.segsOut = 11 }), &connection{class: owed, based: true}, unsure},
+		{"tie, one acknowledgement without data in all, which may be this request's", tie(long), nil, unsure},
+		{"tie, never an acknowledgement without data: one with data was sent after the request", tie(func(s *socket) { long(s); s.acksOut = 0 }), nil, idle},
+		{"the same, but the request's own may still come", tie(func(s *socket) { s.acksOut = 0 }), nil, unsure},
+		{"tie, none since before the request", tie(func(s *socket) { long(s); s.segsIn, s.acksOut = 2, 3 }),
+			&connection{class: owed, segsIn: 1, acksOut: 3}, idle},
+		{"tie, one since before the request", tie(func(s *socket) { long(s); s.segsIn, s.acksOut = 2, 4 }),
+			&connection{class: owed, segsIn: 1, acksOut: 3}, unsure},
+		{"tie, none since before the request, which came before the last look", tie(func(s *socket) { long(s); s.segsIn, s.acksOut = 2, 3 }),
+			&connection{class: owed, segsIn: 2, acksOut: 3, baseAcks: 3}, idle},
+		{"tie, one since before the request, which came before the last look", tie(func(s *socket) { long(s); s.segsIn, s.acksOut = 2, 3 }),
+			&connection{class: owed, segsIn: 2, acksOut: 3, baseAcks: 2}, unsure},
+		{"tie, none since before the request, but something was sent twice", tie(func(s *socket) { long(s); s.acksOut, s.retransmits = 0, 1 }), nil, unsure},
 		{"half-closed after its answer", tie(func(s *socket) { s.state = stateCloseWait; s.sentAge = 200 * ms; s.unread = 1 }), nil, idle},
 		{"half-closed and waiting", tie(func(s *socket) { s.state = stateCloseWait; s.receivedAge = 200 * ms; s.unread = 1 }), nil, owed},
 		{"closed by the application, answer on its way", socket{state: stateFinWait1, unsent: 500}, nil, owed},
@@ -117,6 +131,7 @@ func TestConnectionUpdate(t *testing.T) {
 				s := socket{
 					state: stateEstablished, accepted: true, info: true, received: uint64(st.segsIn) * 100,
 					segsIn: st.segsIn, segsOut: st.segsOut, receivedAge: st.receivedAge, sentAge: st.sentAge, ackAge: st.receivedAge,
+					acksOut: uint32(i + 1), // as if every request had waited a while
 				}
 				var known *connection
 				if i > 0 {

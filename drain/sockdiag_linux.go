@@ -37,6 +37,9 @@ const (
 // closes it after timeoutSeconds (1 s by default) at the latest.
 const probeAge = 10 * time.Second
 
+// enoughAnswers is after how many of them the longest that was seen is trusted.
+const enoughAnswers = 10
+
 // ErrNoPorts is what Sample returns while no port is known: nothing can be measured.
 var ErrNoPorts = errors.New("no application port is known yet")
 
@@ -92,6 +95,8 @@ type Sockdiag struct {
 	round     uint64
 	activity  uint64
 	longest   time.Duration
+	began     time.Time     // the first sample; zero before
+	answers   int           // seen to be given
 	cost      time.Duration // CPU time of the last sample
 }
 
@@ -206,7 +211,8 @@ func checkAddresses(what string, addrs []netip.Addr) error {
 }
 
 // Patience is how long a connection that can't be told from an idle one is waited for: as long as the longest answer that
-// was seen, within MinPatience and MaxPatience.
+// was seen, within MinPatience and MaxPatience. Until enough answers were seen, or MaxPatience has passed since the first
+// sample, it is MaxPatience for connections that had more than one request.
 func (s *Sockdiag) Patience() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -215,6 +221,17 @@ func (s *Sockdiag) Patience() time.Duration {
 
 func (s *Sockdiag) patience() time.Duration {
 	return min(max(s.longest, s.cfg.MinPatience), s.cfg.MaxPatience)
+}
+
+// patienceWith a connection is the greatest where there is reason to think that it waits, and where too little is
+// known of this application to think otherwise: after a start of the agent. A connection on which there was one request is
+// no such case, since something was sent after it.
+func (s *Sockdiag) patienceWith(c *connection, sock *socket, now time.Time) time.Duration {
+	learnt := s.answers >= enoughAnswers || now.Sub(s.began) >= s.cfg.MaxPatience
+	if c.late || !learnt && sock.segsIn > 1 {
+		return s.cfg.MaxPatience
+	}
+	return s.patience()
 }
 
 // Run samples every LearnInterval, give or take a half, until ctx ends, to learn how long answers take and what each connection was last known
@@ -271,7 +288,9 @@ func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 
 	var result Sample
 	now := time.Now()
-	s.round++
+	if s.round++; s.began.IsZero() {
+		s.began = now
+	}
 	longest := s.longest
 	seen := 0
 	err := s.request.dump(ctx, s.buf, DefaultSampleTimeout, func(sock *socket) {
@@ -328,6 +347,9 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 		s.activity++
 	}
 	cl := classify(sock, known)
+	if answered := sock.info && c.segsOut != sock.segsOut; answered && (cl == idle || known != nil && c.segsIn != sock.segsIn) {
+		s.answers++
+	}
 	took := c.update(sock, cl, now)
 	if !multiplexed && s.round > 1 {
 		s.longest = max(s.longest, took)
@@ -337,14 +359,13 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 	case stateEstablished, stateCloseWait, stateSynRecv:
 		result.Connections++
 	}
-	patience := s.patience()
 	switch {
 	case multiplexed && sock.state == stateEstablished:
 		result.InFlight++
 	case cl == owed:
 		result.InFlight++
-	case cl == unsure && sock.info && sock.receivedAge <= patience,
-		cl == unsure && !sock.info && now.Sub(c.firstSeen) <= patience,
+	case cl == unsure && sock.info && sock.receivedAge <= s.patienceWith(c, sock, now),
+		cl == unsure && !sock.info && now.Sub(c.firstSeen) <= s.patience(),
 		// A stream goes on for as long as its silences have been, and as much again.
 		cl == idle && c.pause > 0 && sock.sentAge <= max(2*c.pause, s.cfg.MinPatience):
 		result.InFlight++
