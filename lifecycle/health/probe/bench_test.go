@@ -106,8 +106,9 @@ func BenchmarkTwentyProbesASecond(b *testing.B) {
 		"grpc":  {GRPC: &GRPC{Port: int32(target.GRPC)}},
 		"exec":  {Exec: &Exec{Command: []string{"/bin/true"}}},
 	}
-	for _, name := range []string{"tcp", "http", "https", "grpc", "exec", "mixed"} {
+	for _, name := range []string{"nothing", "tcp", "http", "https", "grpc", "exec", "mixed"} {
 		b.Run(name, func(b *testing.B) {
+			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // as usher-agent does
 			var runs, failed atomic.Int64
 			before := memory()
 			ctx, cancel := context.WithCancel(b.Context())
@@ -118,13 +119,20 @@ func BenchmarkTwentyProbesASecond(b *testing.B) {
 				if name == "mixed" { // what an application has: mostly http
 					of = []string{"http", "http", "tcp", "grpc"}[i%4]
 				}
-				spec := specs[of]
+				spec, probes := specs[of]
+				if !probes { // what twenty timers cost, and the scheduling
+					spec = specs["tcp"]
+				}
 				spec.PeriodSeconds = 1
 				p, err := New(Config{Name: fmt.Sprint(name, i), Readiness: &spec})
 				if err != nil {
 					b.Fatal(err)
 				}
-				p.probes[Readiness].handler = &counted{p.probes[Readiness].handler, &runs, &failed}
+				h := p.probes[Readiness].handler
+				if !probes {
+					h = &nothing{}
+				}
+				p.probes[Readiness].handler = &counted{h, &runs, &failed}
 				probers = append(probers, p)
 				go func() { ended <- p.Run(ctx) }()
 			}
@@ -156,6 +164,10 @@ func BenchmarkTwentyProbesASecond(b *testing.B) {
 		})
 	}
 }
+
+type nothing struct{}
+
+func (nothing) probe(context.Context) (verdict, string, error) { return success, "", nil }
 
 // counted counts a handler's runs.
 type counted struct {
@@ -206,12 +218,15 @@ func BenchmarkRun(b *testing.B) {
 		"exec":  &execHandler{command: []string{"/bin/true"}, timeout: patience},
 	} {
 		b.Run(name, func(b *testing.B) {
+			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // as usher-agent does
 			b.ReportAllocs()
+			cpu := cpuTime(b)
 			for b.Loop() {
 				if v, output, err := h.probe(b.Context()); v != success {
 					b.Fatal(v, strings.TrimSpace(output), err)
 				}
 			}
+			b.ReportMetric(float64((cpuTime(b)-cpu).Microseconds())/float64(b.N), "cpu-µs/op")
 		})
 	}
 }

@@ -54,7 +54,8 @@ func newHTTPHandler(spec HTTPGet, host, agent string, port func() (int, error), 
 		Timeout: timeout,
 		// Proxy is nil, which is none, whatever the environment says.
 		Transport: &http.Transport{
-			TLSClientConfig:    &tls.Config{InsecureSkipVerify: true},
+			// Resuming the session of the run before, unlike the kubelet, saves a third of the CPU time of a handshake.
+			TLSClientConfig:    &tls.Config{InsecureSkipVerify: true, ClientSessionCache: tls.NewLRUClientSessionCache(1)},
 			DisableKeepAlives:  true,
 			DisableCompression: true, // no Accept-Encoding
 			DialContext:        dialer().DialContext,

@@ -2,6 +2,9 @@ package probe
 
 import (
 	"encoding/json"
+	"net"
+	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -129,3 +132,53 @@ func TestNewNamesEverythingThatIsWrong(t *testing.T) {
 		t.Errorf("without probes: %v", err)
 	}
 }
+
+// FuzzSpec: whatever a manifest has, there is an error or a prober, and an http probe asks no other than its host and port.
+func FuzzSpec(f *testing.F) {
+	for _, seed := range []string{
+		`{"httpGet":{"path":"/ready?x=1","port":"http","host":"::1","scheme":"HTTPS","httpHeaders":[{"name":"X-A","value":"b"}]},"periodSeconds":3}`,
+		`{"httpGet":{"path":"//x@y:1/%zz","port":80}}`, `{"httpGet":{"path":"a:b","port":80,"host":"fe80::1%a"}}`,
+		`{"tcpSocket":{"port":1},"exec":{"command":["x"]}}`, `{"grpc":{"port":-1}}`, `{"exec":{"command":["$(", "$$"]},"periodSeconds":2147483647}`, `{"tcpSocket":{"port":null}}`,
+	} {
+		f.Add(seed, 0)
+		f.Add(seed, int(Readiness))
+	}
+	f.Fuzz(func(t *testing.T, text string, kind int) {
+		var s Spec
+		if json.Unmarshal([]byte(text), &s) != nil {
+			return
+		}
+		err := s.Validate(Kind(kind))
+		p, errNew := New(Config{Readiness: &s, Ports: func(string) (int, bool) { return 1234, true }})
+		if Kind(kind) == Readiness && (err == nil) != (errNew == nil) {
+			t.Fatalf("Validate: %v, New: %v", err, errNew)
+		}
+		if errNew != nil {
+			return
+		}
+		switch h := p.probes[Readiness].handler.(type) {
+		case *httpHandler:
+			port, host := s.HTTPGet.Port.Number, h.host
+			if s.HTTPGet.Port.Name != "" {
+				port = 1234
+			}
+			asked := ""
+			h.client.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked = r.URL.Host
+				return &http.Response{StatusCode: 200, Body: http.NoBody, Request: r}, nil
+			})
+			v, output, err := h.probe(t.Context())
+			if v != success || asked != net.JoinHostPort(host, strconv.Itoa(port)) {
+				t.Fatalf("%v, %q, %v; asked %q, want %q, port %d", v, output, err, asked, host, port)
+			}
+		case *execHandler:
+			for _, arg := range h.command {
+				expand(arg, func(name string) (string, bool) { return name, len(name)%2 == 0 })
+			}
+		}
+	})
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

@@ -11,7 +11,8 @@ import (
 // dialer lets a closed connection linger for 1 s instead of the 60 s of TIME-WAIT, so that frequent probes use up no ports
 // (probe/dialer_others.go: ProbeDialer, kubernetes#89898).
 func dialer() *net.Dialer {
-	return &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+	// A connection this short needs no keep-alive, which would cost four system calls.
+	return &net.Dialer{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {
 			// A socket that can't is closed the usual way.
 			_ = syscall.SetsockoptLinger(int(fd), syscall.SOL_SOCKET, syscall.SO_LINGER, &syscall.Linger{Onoff: 1, Linger: 1})
