@@ -108,11 +108,12 @@ func TestCountsRequestsThatAreBeingAnswered(t *testing.T) {
 	})
 }
 
-// TestCountsUntilALargeAnswerIsWritten: 64 MB are more than the sockets' and the server's buffers hold.
+// TestCountsUntilALargeAnswerIsWritten: 64 MB are more than the sockets' and the server's buffers hold, and 16 MB more than
+// the window that a stream of HTTP/2 has.
 func TestCountsUntilALargeAnswerIsWritten(t *testing.T) {
 	bothProtocols(t, func(t *testing.T, http2 bool) {
 		c := newCounter(t, inflight.Config{})
-		const size = 64 << 20
+		size := map[bool]int{false: 64 << 20, true: 16 << 20}[http2]
 		srv := serve(t, c, http2, func(w http.ResponseWriter, r *http.Request) {
 			chunk := make([]byte, 1<<20)
 			for range size / len(chunk) {
@@ -127,11 +128,11 @@ func TestCountsUntilALargeAnswerIsWritten(t *testing.T) {
 		}
 		defer resp.Body.Close()
 		check(t, c, 1)
-		if n, err := io.CopyN(io.Discard, resp.Body, size/2); err != nil {
+		if n, err := io.CopyN(io.Discard, resp.Body, int64(size/2)); err != nil {
 			t.Fatal(n, err)
 		}
 		check(t, c, 1)
-		if n, err := io.Copy(io.Discard, resp.Body); n != size/2 || err != nil {
+		if n, err := io.Copy(io.Discard, resp.Body); n != int64(size/2) || err != nil {
 			t.Fatal(n, err)
 		}
 		become(t, c, 0)
