@@ -75,6 +75,10 @@ var rules = []rule{
 		why: "it is linked into applications that have gRPC already, and nothing else",
 	},
 	{
+		of: module + "/client", only: []string{module + "/internal/api"}, tests: []string{module + "/notify"},
+		why: "applications have it linked in, and nobody's dependencies with it",
+	},
+	{
 		of: module + "/internal/api", only: []string{}, never: []string{module + "/lifecycle"},
 		why: "usher-prestop has it linked in",
 	},
@@ -284,6 +288,7 @@ func TestImportRulesSeeABreach(t *testing.T) {
 		{"drain/inflight/grpcinflight", "google.golang.org/grpc/stats", ``},
 		{"drain/inflight/grpcinflight", "go.uber.org/zap", `drain/inflight/grpcinflight imports go.uber.org/zap, but may`},
 		{"drain/inflight/grpcinflight", "far", `drain/inflight/grpcinflight -> far -> k8s.io/api must never`},
+		{"client", "go.uber.org/zap", `client imports go.uber.org/zap, but may`},
 		{"internal/api", "go.uber.org/zap", `internal/api imports go.uber.org/zap, but may`},
 		{"cmd/usher-prestop", "go.uber.org/zap", `cmd/usher-prestop imports go.uber.org/zap, but may`},
 		{"cmd/usherctl", "far", `cmd/usherctl -> far -> k8s.io/api must never`},
