@@ -84,9 +84,8 @@ func (s Settings) resolve() (*groups, error) {
 	checkCodes(&p, "statusCodes", s.StatusCodes)
 
 	r := resolver{s: s, p: &p, all: s.all(), done: map[string]*group{}}
-	if len(s.Groups) > maxGroups {
-		p.add("groups: %d of them; want at most %d", len(s.Groups), maxGroups)
-		return nil, p.err() // and no word on each
+	if !s.checkGroups(&p) {
+		return nil, p.err()
 	}
 	for _, name := range append([]string{liveness, readiness, startup}, slices.Sorted(maps.Keys(s.Groups))...) {
 		r.group(name, nil)
@@ -150,18 +149,6 @@ func (r *resolver) group(name string, via []string) *group {
 	}
 	via = append(slices.Clone(via), name)
 	set, field := r.s.Groups[name], "groups."+name
-	if !token(name) {
-		r.p.add("groups: name %.80q: %s", name, wantToken)
-		return nil
-	}
-	if _, ok := r.s.Components[name]; ok && !predefined(name) || reserved(name) {
-		r.p.add("groups: name %q: is a component's; want another", name)
-		return nil
-	}
-	checkShow(r.p, field+".showComponents", set.ShowComponents)
-	checkShow(r.p, field+".showDetails", set.ShowDetails)
-	checkCodes(r.p, field+".statusCodes", set.StatusCodes)
-
 	g := r.settle(name, set)
 	fixed := map[string][]string{liveness: {livenessState}, readiness: {readinessState, lifecycleName}}[name]
 	var chosen []string

@@ -10,7 +10,7 @@ import (
 )
 
 // GRPC serves grpc.health.v1. Its services are the groups, and "" is readiness. SERVING is what HTTP answers with a code
-// below 400. It has an implementation of its own, since google.golang.org/grpc/health keeps a copy of each status that
+// below 400. A server that it is on ends with Stop: GracefulStop waits for whoever watches, and that is for ever. It has an implementation of its own, since google.golang.org/grpc/health keeps a copy of each status that
 // somebody has to keep right, and changes what the process' gRPC clients do.
 func (h *Health) GRPC() healthpb.HealthServer { return &grpcServer{h: h} }
 

@@ -42,7 +42,7 @@ type Lifecycle struct {
 	// Draining is for the time in which the instance must get no requests because it ends: State is Draining, or it is Released
 	// and the Pod is being deleted. A Released instance whose Pod stays is not draining: it has to turn ready to come back.
 	Draining bool
-	// Held: an operator keeps it offline.
+	// Held: an operator keeps it offline. Cause says who and why.
 	Held bool
 }
 
@@ -51,8 +51,10 @@ func (l Lifecycle) out() (cause string, out bool) {
 	switch {
 	case l.Draining:
 		return withCause("draining", l.Cause), true
+	case l.Held && l.Cause == "":
+		return "held", true
 	case l.Held:
-		return withCause("held", l.Cause), true
+		return l.Cause, true
 	}
 	return "", false
 }
@@ -70,6 +72,8 @@ type Health struct {
 	log    *zap.Logger
 	groups *groups
 	wake   chan struct{} // Run has something to tell, or another time to wait for
+	// probers are those of components and workers, never changed after New.
+	probers []*probe.Prober
 
 	mu         sync.Mutex
 	liveness   word[lifecycle.LivenessState] // the application's own
@@ -167,7 +171,9 @@ func New(cfg Config) (*Health, error) {
 
 func (h *Health) prober(c probe.Config) (*probe.Prober, error) {
 	c.Host, c.Ports, c.Version, c.Logger = h.cfg.Host, h.cfg.Ports, h.cfg.Version, h.log.Named("probe")
-	return probe.New(c)
+	p, err := probe.New(c)
+	h.probers = append(h.probers, p)
+	return p, err
 }
 
 // Run probes, tells OnChange, and notices workers that fall silent, until ctx ends. It is called once, and returns nil or a
@@ -177,8 +183,8 @@ func (h *Health) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	failed := make(chan error, len(h.components)+len(h.workers.known)+1)
-	for _, p := range h.probers() {
+	failed := make(chan error, len(h.probers))
+	for _, p := range h.probers {
 		wg.Go(func() {
 			if err := p.Run(ctx); err != nil {
 				failed <- err
@@ -210,22 +216,6 @@ func (h *Health) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 	}
-}
-
-// probers are all that there are. They are made in New, and never change.
-func (h *Health) probers() []*probe.Prober {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var all []*probe.Prober
-	for _, c := range h.components {
-		all = append(all, c.prober)
-	}
-	for _, w := range h.workers.known {
-		if w.prober != nil {
-			all = append(all, w.prober)
-		}
-	}
-	return all
 }
 
 // Availability is what OnChange is told: what the application, its probes and its workers say. The zero value means that
@@ -293,7 +283,7 @@ func (h *Health) Restarted(cause string, since time.Time) {
 	h.evaluate(time.Now())
 	h.mu.Unlock()
 	h.log.Info("container restarted: what was said of the application is void", zap.String("cause", cause))
-	for _, p := range h.probers() {
+	for _, p := range h.probers {
 		p.Restarted()
 	}
 }
@@ -317,10 +307,13 @@ func (h *Health) probed(c *component, s probe.State) {
 // expire evaluates if a worker's word is over. The caller has the lock, as for all below.
 func (h *Health) expire(now time.Time) {
 	if !h.workers.next.IsZero() && !now.Before(h.workers.next) {
-		for _, id := range h.workers.expire(now) {
+		silent, changed := h.workers.expire(now)
+		for _, id := range silent {
 			h.log.Warn("worker is silent", zap.String("worker", id))
 		}
-		h.evaluate(now)
+		if changed {
+			h.evaluate(now)
+		}
 	}
 }
 

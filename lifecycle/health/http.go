@@ -33,7 +33,7 @@ func (h *Health) Routes(hook, control *http.ServeMux) {
 		l.mux.HandleFunc(api.HealthPath+"/{path...}", show)
 	}
 	if control != nil {
-		control.HandleFunc(api.AvailabilityPath+"{state}", h.availability)
+		control.HandleFunc(api.AvailabilityPath+"{state...}", h.availability)
 		control.HandleFunc(api.WorkersPath+"{id...}", h.worker)
 	}
 }
@@ -162,8 +162,9 @@ func (h *Health) describe(m member, v view, d description) api.Health {
 		put("state", h.lifecycle.State, h.lifecycle.State == "")
 		put("cause", h.lifecycle.Cause, h.lifecycle.Cause == "")
 	case ofComponent:
-		put("cause", cause, cause == "")
 		c := h.components[m.name]
+		_, cause := c.status(v.aspect) // without the name
+		put("cause", cause, cause == "")
 		put("critical", c.critical(), false)
 		now := c.prober.State()
 		for _, k := range []probe.Kind{probe.Startup, probe.Liveness, probe.Readiness} {
@@ -226,7 +227,7 @@ func (h *Health) describeWorker(id string, d description) (api.Health, bool) {
 func (h *Health) availability(w http.ResponseWriter, r *http.Request) {
 	which := r.PathValue("state")
 	if which != liveness && which != readiness {
-		refuse(w, http.StatusNotFound, fmt.Sprintf("%s%.100s: want %s%s or %s%s", api.AvailabilityPath, which, api.AvailabilityPath, liveness, api.AvailabilityPath, readiness))
+		refuse(w, http.StatusNotFound, fmt.Sprintf("%.100q is no state; want %s%s or %s%s", which, api.AvailabilityPath, liveness, api.AvailabilityPath, readiness))
 		return
 	}
 	if !method(w, r, http.MethodGet, http.MethodPut) {

@@ -178,6 +178,27 @@ func (s Settings) checkComponents(p *problems) {
 	}
 }
 
+// checkGroups is for what can be seen without resolving them, and says whether it makes sense to do that.
+func (s Settings) checkGroups(p *problems) (ok bool) {
+	if ok = len(s.Groups) <= maxGroups; !ok {
+		p.add("groups: %d of them; want at most %d", len(s.Groups), maxGroups)
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Groups)) {
+		if _, taken := s.Components[name]; taken || reserved(name) {
+			p.add("groups: name %q: is a component's; want another", name)
+			ok = false
+		} else if !token(name) {
+			p.add("groups: name %.80q: %s", name, wantToken)
+			ok = false
+		}
+		g, field := s.Groups[name], "groups."+name
+		checkShow(p, field+".showComponents", g.ShowComponents)
+		checkShow(p, field+".showDetails", g.ShowDetails)
+		checkCodes(p, field+".statusCodes", g.StatusCodes)
+	}
+	return ok
+}
+
 func (w *Workers) check(p *problems) {
 	if w == nil {
 		return

@@ -50,6 +50,7 @@ type workers struct {
 	next time.Time
 	// master says that one was heard since the container's start.
 	master bool
+	silent int // how many are
 
 	live, up           string // statuses, for liveness and readiness
 	liveCause, upCause string
@@ -101,6 +102,9 @@ func (ws *workers) report(id string, said api.Worker, now time.Time) (changed, s
 
 // makeRoom forgets the worker that has been silent for longest, if there is one.
 func (ws *workers) makeRoom() bool {
+	if ws.silent == 0 {
+		return false
+	}
 	var oldest string
 	for id, w := range ws.known {
 		if w.state == api.WorkerSilent && (oldest == "" || w.since.Before(ws.known[oldest].since)) {
@@ -132,8 +136,8 @@ func (ws *workers) soonest(t time.Time) (sooner bool) {
 	return sooner
 }
 
-// expire finds who fell silent, and forgets those who did long ago.
-func (ws *workers) expire(now time.Time) (silent []string) {
+// expire finds who fell silent, and forgets those who did long ago. changed is false if next came too early for either.
+func (ws *workers) expire(now time.Time) (silent []string, changed bool) {
 	ws.next = time.Time{}
 	for id, w := range ws.known {
 		if w.prober != nil {
@@ -148,12 +152,13 @@ func (ws *workers) expire(now time.Time) (silent []string) {
 			ws.soonest(w.expires)
 		case !now.Before(forget):
 			delete(ws.known, id)
+			changed = true
 		default:
 			ws.soonest(forget)
 		}
 	}
 	slices.Sort(silent)
-	return silent
+	return silent, changed || len(silent) > 0
 }
 
 // restarted drops whoever was last heard of before the new container.
@@ -170,13 +175,16 @@ func (ws *workers) restarted(void func(time.Time) bool) {
 
 // summarize makes the two statuses.
 func (ws *workers) summarize() {
-	ws.live, ws.liveCause, ws.up, ws.upCause = api.HealthUnknown, "", api.HealthUp, ""
+	ws.live, ws.liveCause, ws.up, ws.upCause, ws.silent = api.HealthUnknown, "", api.HealthUp, "", 0
 	if ws.settings == nil {
 		return
 	}
-	var missing []string // of those that are required, with why
+	var missing []string // of those that are required
 	ready, heard, masterReady := 0, false, false
 	for id, w := range ws.known {
+		if w.state == api.WorkerSilent {
+			ws.silent++
+		}
 		if w.role == api.RoleMaster {
 			heard = heard || w.state != api.WorkerSilent
 			masterReady = masterReady || w.ready()
@@ -185,12 +193,12 @@ func (ws *workers) summarize() {
 		case required && w.ready():
 			ready++
 		case required:
-			missing = append(missing, withCause(id+" is "+w.state, w.cause))
+			missing = append(missing, id)
 		}
 	}
 	for id := range ws.ids {
 		if _, ok := ws.known[id]; !ok {
-			missing = append(missing, id+" hasn't reported")
+			missing = append(missing, id)
 		}
 	}
 	if ws.master {
@@ -201,12 +209,8 @@ func (ws *workers) summarize() {
 	}
 	required, quorum := ws.settings.required()
 	if ready < required {
-		slices.Sort(missing)
-		if more := len(missing) - maxNamed; more > 0 {
-			missing = append(missing[:maxNamed], fmt.Sprintf("and %d more", more))
-		}
 		ws.up = api.HealthDegraded
-		ws.upCause = withCause(fmt.Sprintf("%d of %d workers ready", ready, required), strings.Join(missing, ", "))
+		ws.upCause = withCause(fmt.Sprintf("%d of %d workers ready", ready, required), ws.why(missing))
 		if ready < quorum {
 			ws.up = api.HealthDown
 			if quorum < required {
@@ -217,6 +221,23 @@ func (ws *workers) summarize() {
 	if ws.master && !masterReady {
 		ws.up, ws.upCause = api.HealthDown, "the master worker is not ready"
 	}
+}
+
+// why names some of the workers that are missing.
+func (ws *workers) why(missing []string) string {
+	slices.Sort(missing)
+	var parts []string
+	for _, id := range missing[:min(len(missing), maxNamed)] {
+		if w, known := ws.known[id]; known {
+			parts = append(parts, withCause(id+" is "+w.state, w.cause))
+		} else {
+			parts = append(parts, id+" hasn't reported")
+		}
+	}
+	if more := len(missing) - len(parts); more > 0 {
+		parts = append(parts, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(parts, ", ")
 }
 
 func (ws *workers) status(a aspect) (status, cause string) {
