@@ -25,9 +25,24 @@
 // stands in place of the ledger record, what is advertised already stays, nothing new is written, and a withdrawal still
 // happens.
 //
+// # Beside the records
+//
+// Two more kinds of key are about one Pod, told by its UID, and each value is under a lease of its own:
+//
+//	/usher/v1/<cluster>/verdicts/<namespace>/<pod>/<pod-uid>   how its last shutdown ended ([Verdict])
+//	/usher/v1/<cluster>/holds/<namespace>/<pod-uid>            that an operator holds it offline ([PutHold])
+//
+// A verdict is written once, after the records, and given up for any news of what is desired. It is there for 10 minutes
+// unless told otherwise, whatever becomes of the agent. A hold ends at its time by the agent's clock, or when its key is
+// gone. It is one of the keys that each transaction compares and that the registrar watches, so an agent that just started
+// can't bring a held instance back, not even for a moment.
+//
+// Where etcd has users, an agent's needs reading and writing of /usher/v1/<cluster>/ and of its formats' prefixes.
+//
 // # Invariants
 //
 //  1. Nothing is ever put without a lease: an agent that dies takes its records with it, after one TTL.
 //  2. All records of an instance change in one transaction.
-//  3. A ready instance that is not in the registry is being retried, with jittered back-off.
+//  3. A ready instance that is not in the registry is being retried, with jittered back-off, unless it is held.
+//  4. No consumer record of a Pod is put while there is a hold on it, whatever is desired.
 package registry

@@ -37,6 +37,10 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 		{[]string{"watch", "--endpoints", "etcd"}, nil, `endpoints has "etcd": want host:port`},
 		{[]string{"watch", "--cert", "c", "--endpoints", "https://a:1"}, nil, `cert is "c", but key is empty`},
 		{[]string{"status"}, nil, "accepts 1 arg(s), received 0"},
+		{[]string{"get", "verdicts", "a/b"}, nil, `POD is "a/b": want a name without '/'`},
+		{[]string{"hold", "--reason", "x"}, nil, "accepts 1 arg(s), received 0"},
+		{[]string{"hold", "p", "--for", "soon"}, nil, `invalid argument "soon" for "--for"`},
+		{[]string{"resume", "a", "b"}, nil, "accepts 1 arg(s), received 2"},
 	} {
 		code, stdout, stderr := ctl(t, tc.env, append([]string{"usherctl"}, tc.args...)...)
 		if code != 1 || stdout != "" || !strings.HasPrefix(stderr, "usherctl: ") || !strings.Contains(stderr, tc.want) || strings.Count(stderr, "\n") != 1 {

@@ -13,6 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"usher.dev/usher/integration/internal/etcdtest"
+	"usher.dev/usher/lifecycle"
 	"usher.dev/usher/registry"
 )
 
@@ -371,5 +372,109 @@ func TestStandingTellsWhatIsReallyThere(t *testing.T) {
 	}
 	if got, err := c.Standing(ctx, entries[0]); err != nil || got.TTL != 0 || got.GrantedTTL != 0 || got.Keys[0].Exists {
 		t.Errorf("after the lease ended: %+v, %v", got, err)
+	}
+}
+
+// putVerdict writes a verdict on a shutdown that ended at released.
+func putVerdict(t *testing.T, cli *clientv3.Client, cluster, namespace, pod, uid string, released time.Time) {
+	t.Helper()
+	v := registry.Verdict{Owner: registry.Owner{Cluster: cluster, PodUID: uid, Agent: "a"}, Namespace: namespace, Pod: pod,
+		Outcome: "drained", Started: released.Add(-time.Second), Released: released, TotalMs: 1000}
+	value, err := v.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cli.Put(t.Context(), registry.VerdictKey(cluster, namespace, pod, uid), string(value)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func verdictNames(entries []registry.VerdictEntry) []string {
+	var out []string
+	for _, e := range entries {
+		out = append(out, strings.TrimPrefix(e.Key, registry.Root))
+	}
+	return out
+}
+
+func TestVerdictsSelectsAndTellsTheNewestFirst(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	cli := dial(t, s.Endpoint())
+	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	put(t, cli, "c1", "ns1", "a", "p-0", "Online")
+	for i, k := range []string{"c1/ns1/p-0/u1", "c1/ns1/p-0/u2", "c1/ns1/p-01/u3", "c1/ns2/p-0/u4", "c2/ns1/p-0/u5"} {
+		f := strings.Split(k, "/")
+		putVerdict(t, cli, f[0], f[1], f[2], f[3], at.Add(time.Duration(i)*time.Minute))
+	}
+	bad := registry.VerdictKey("c1", "ns1", "p-0", "u0")
+	if _, err := cli.Put(t.Context(), bad, `{"outcome":"drained"}`); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		cluster, namespace, pod string
+		want                    []string
+	}{
+		{"c1", "ns1", "p-0", []string{"c1/verdicts/ns1/p-0/u2", "c1/verdicts/ns1/p-0/u1", "c1/verdicts/ns1/p-0/u0"}},
+		{"c1", "ns1", "", []string{"c1/verdicts/ns1/p-01/u3", "c1/verdicts/ns1/p-0/u2", "c1/verdicts/ns1/p-0/u1", "c1/verdicts/ns1/p-0/u0"}},
+		{"c1", "ns2", "p-0", []string{"c1/verdicts/ns2/p-0/u4"}},
+		{"c1", "", "p-01", []string{"c1/verdicts/ns1/p-01/u3"}},
+		{"", "", "p-01", []string{"c1/verdicts/ns1/p-01/u3"}},
+		{"", "ns1", "", []string{"c2/verdicts/ns1/p-0/u5", "c1/verdicts/ns1/p-01/u3", "c1/verdicts/ns1/p-0/u2", "c1/verdicts/ns1/p-0/u1", "c1/verdicts/ns1/p-0/u0"}},
+		{"c1", "ns1", "p", nil},
+	} {
+		entries, err := registry.NewCatalog(cli, tc.cluster).Verdicts(t.Context(), tc.namespace, tc.pod)
+		if err != nil || !slices.Equal(verdictNames(entries), tc.want) {
+			t.Errorf("cluster %q namespace %q pod %q: got %v, %v, want %v", tc.cluster, tc.namespace, tc.pod, verdictNames(entries), err, tc.want)
+		}
+		for _, e := range entries {
+			if (e.Key == bad) != errors.Is(e.Err, registry.ErrNotARecord) || (e.Err == nil && e.Verdict.TotalMs != 1000) || e.PodUID == "" {
+				t.Errorf("entry %+v", e)
+			}
+		}
+	}
+	entries, err := registry.NewCatalog(cli, "c1").List(t.Context(), "", "")
+	if err != nil || len(entries) != 1 {
+		t.Errorf("instances beside verdicts: %v, %v; want one", names(entries), err)
+	}
+}
+
+func TestVerdictsReadsEveryPage(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	cli := dial(t, s.Endpoint())
+	const n = 1001 // two pages and one
+	for i := range n {
+		putVerdict(t, cli, "c", "ns", fmt.Sprintf("p-%04d", i), "u", time.Unix(int64(i), 0))
+	}
+	entries, err := registry.NewCatalog(cli, "c").Verdicts(t.Context(), "ns", "")
+	if err != nil || len(entries) != n || entries[0].Pod != "p-1000" || entries[n-1].Pod != "p-0000" {
+		t.Errorf("%d verdicts, %v; want %d from p-1000 to p-0000", len(entries), err, n)
+	}
+}
+
+func TestCatalogReadsAHold(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	cli := dial(t, s.Endpoint())
+	c := registry.NewCatalog(cli, "c")
+	if h, err := c.Hold(t.Context(), "ns", "u"); h != nil || err != nil {
+		t.Errorf("without a hold: %+v, %v", h, err)
+	}
+	want, err := registry.PutHold(t.Context(), cli, "c", "ns", "u", lifecycle.Hold{Reason: "disk", Actor: "ann"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := c.Hold(t.Context(), "ns", "u"); err != nil || h == nil || *h != want {
+		t.Errorf("got %+v, %v; want %+v", h, err, want)
+	}
+	if _, err := cli.Put(t.Context(), registry.HoldKey("c", "ns", "u"), "by hand"); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := c.Hold(t.Context(), "ns", "u"); !errors.Is(err, registry.ErrNotARecord) || h != nil {
+		t.Errorf("a value that is none: %+v, %v", h, err)
+	}
+	if _, err := registry.NewCatalog(cli, "").Hold(t.Context(), "ns", "u"); err == nil || !strings.Contains(err.Error(), "cluster") {
+		t.Errorf("without a cluster: %v", err)
 	}
 }

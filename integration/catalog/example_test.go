@@ -47,3 +47,30 @@ func Example() {
 	// put checkout-1 Online
 	// put checkout-2 Draining
 }
+
+// Find out how the last shutdowns of a pod ended, also when it is gone.
+func ExampleCatalog_Verdicts() {
+	cli, err := registry.Connection{Endpoints: []string{endpoint}}.Dial(nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cli.Close()
+	verdicts, err := registry.NewCatalog(cli, "default").Verdicts(context.Background(), "shop", "checkout-0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range verdicts {
+		if e.Err != nil {
+			log.Print(e.Err)
+			continue
+		}
+		v := e.Verdict
+		fmt.Printf("%s: %s, withdrawn after %d ms\n", v.Pod, v.Message, v.WithdrawMs)
+		for _, s := range v.Sources {
+			fmt.Printf("%s saw at most %d requests at a time\n", s.Name, s.Peak)
+		}
+	}
+	// Output:
+	// checkout-0: drained in 1.2s, nothing in flight, withdrawn after 4 ms
+	// sockdiag saw at most 17 requests at a time
+}

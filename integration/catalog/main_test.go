@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"testing"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -45,6 +46,18 @@ func run(m *testing.M) int {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+	}
+	released := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	v := registry.Verdict{Owner: registry.Owner{Cluster: "default", PodUID: "u", Agent: "a"}, Namespace: "shop", Pod: "checkout-0", Outcome: "drained",
+		Message: "drained in 1.2s, nothing in flight", Started: released.Add(-1200 * time.Millisecond), Released: released, TotalMs: 1200, WithdrawMs: 4,
+		Withdrawn: true, Sources: []registry.SourceVerdict{{Name: "sockdiag", Peak: 17}}}
+	value, err := v.Encode()
+	if err == nil {
+		_, err = cli.Put(context.Background(), registry.VerdictKey("default", "shop", v.Pod, "u"), string(value))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
 	return m.Run()
 }
