@@ -112,6 +112,22 @@ func TestHoldStandsWhenTheAgentRestarts(t *testing.T) {
 	a.advertised()
 }
 
+func TestHoldThatWasThereBeforeAllElseIsSeen(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.hold(lifecycle.Hold{Reason: "broken disk"})
+	a := w.start(spec{})
+	a.online("ready")
+	a.sync()
+	a.isTold(1, "broken disk")
+	if n := w.count(key, "PUT"); n != 0 {
+		t.Errorf("advertised %d times under a hold", n)
+	}
+	w.resume()
+	a.isTold(2, "")
+	a.advertised()
+}
+
 func TestHoldAndItsEndAreSeenAfterEtcdWasAway(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -107,7 +107,10 @@ func TestWaitOthersReturnsWithTheLastOneThatIsNeeded(t *testing.T) {
 	w.remove(registry.InstanceKey(cluster, namespace, "web", "api-1"))
 	w.other("api", "api-3", "Online", "k")
 	stillWaits(t, done, "2 of 2, and the other Service has lost one")
+	w.other("api", "api-2", "Draining")
 	w.other("web", "api-3", "Online", "k")
+	stillWaits(t, done, "the other Service has it back, and this one has lost one")
+	w.other("api", "api-4", "Online", "k")
 	if err := finished(t, done); err != nil {
 		t.Error(err)
 	}
