@@ -5,7 +5,6 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -218,16 +217,4 @@ func TestLeaksAreTold(t *testing.T) {
 			t.Errorf("%s: a leak: %v, want %v", name, got, c.want)
 		}
 	}
-}
-
-// What is drawn for the tests can be looked at.
-func TestMain(m *testing.M) {
-	if path := os.Getenv("ROLLOUT_SVG"); path != "" {
-		var b bytes.Buffer
-		if err := sample().SVG(&b); err != nil {
-			panic(err)
-		}
-		os.WriteFile(path, b.Bytes(), 0o644)
-	}
-	os.Exit(m.Run())
 }

@@ -58,7 +58,7 @@ func mix() []load.Share {
 // Config of Bench and Soak.
 type Config struct {
 	Stack *stack.Stack
-	// Ways to compare, in the order of their turns; Soak takes the last one only.
+	// Ways to compare, in the order of their turns. Soak is of Usher alone.
 	Ways []Way
 	// Rollouts of each way.
 	Rollouts int

@@ -72,7 +72,7 @@ func (e Endurance) Missed() []string {
 	return out
 }
 
-// Soak replaces the pods again and again under a load that never stops.
+// Soak replaces Usher's pods again and again under a load that never stops.
 func Soak(ctx context.Context, cfg Config) (_ Endurance, err error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -81,7 +81,7 @@ func Soak(ctx context.Context, cfg Config) (_ Endurance, err error) {
 		return Endurance{}, err
 	}
 	defer func() { err = errors.Join(err, undo()) }()
-	s, err := deploy(ctx, cfg.Stack, cfg.Ways[len(cfg.Ways)-1])
+	s, err := deploy(ctx, cfg.Stack, usher())
 	defer func() { err = errors.Join(err, removeAll(context.WithoutCancel(ctx), []*site{s})) }()
 	if err == nil {
 		err = s.addSteady(ctx)

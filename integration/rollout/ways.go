@@ -37,8 +37,13 @@ func Ways() []Way {
 			agent := &d.Spec.Template.Spec.InitContainers[0]
 			agent.Args = append(agent.Args, "--multiplexed-ports=http,grpc")
 		}},
-		{Name: "usher", Title: "Usher", Ours: true, edit: func(*appsv1.Deployment, string) {}},
+		usher(),
 	}
+}
+
+// usher is the example as it stands.
+func usher() Way {
+	return Way{Name: "usher", Title: "Usher", Ours: true, edit: func(*appsv1.Deployment, string) {}}
 }
 
 func sleep(seconds int64) Way {

@@ -66,16 +66,12 @@ func parse(args []string) (rollouts int, err error) {
 }
 
 func run(ctx context.Context, rollouts int, out io.Writer) (err error) {
-	ways, err := rollout.Select([]string{"usher"})
-	if err != nil {
-		return err
-	}
 	st, err := stack.Up(ctx, stack.Config{Progress: out})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Down(context.WithoutCancel(ctx))) }()
-	e, err := rollout.Soak(ctx, rollout.Config{Stack: st, Ways: ways, Rollouts: rollouts, Progress: out})
+	e, err := rollout.Soak(ctx, rollout.Config{Stack: st, Rollouts: rollouts, Progress: out})
 	if err != nil {
 		return err
 	}
