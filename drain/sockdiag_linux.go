@@ -80,6 +80,8 @@ type SockdiagConfig struct {
 // requests count as one, and a client that sends last and expects nothing (a message on an upgraded connection) is taken for
 // one that waits.
 //
+// Where the kernel denies it, ProcNet is what is left.
+//
 // It is safe for concurrent use.
 type Sockdiag struct {
 	cfg SockdiagConfig
