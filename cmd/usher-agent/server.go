@@ -30,8 +30,9 @@ const (
 	catchUp = time.Second
 	// firstLook is how long /readyz waits for the first observation: half of the kubelet's default probe timeout.
 	firstLook = 500 * time.Millisecond
-	// refusalsEvery bounds the log: a flood of refused calls is one line in that time.
-	refusalsEvery = 10 * time.Second
+	// linesEvery bounds the log: a flood of calls is one line of a kind in that time, after the first firstLines.
+	linesEvery = 10 * time.Second
+	firstLines = 10
 	// headerTimeout and maxHeader keep slow and large callers from holding the agent's memory.
 	headerTimeout = 5 * time.Second
 	maxHeader     = 16 << 10
@@ -41,9 +42,18 @@ const (
 
 // hook is what is counted and known about hook calls.
 type hook struct {
-	accepted, refused atomic.Int64
-	missing           atomic.Bool  // no container of the pod has one
-	lastRefusal       atomic.Int64 // unix nanoseconds of the last one logged
+	missing                             atomic.Bool // no container of the pod has one
+	accepted, refused, left             atomic.Int64
+	lastAccepted, lastRefused, lastLeft lastLine
+}
+
+// lastLine is when a line of a kind was logged last, in unix nanoseconds.
+type lastLine struct{ atomic.Int64 }
+
+// due says whether it is time for another one, to one of those who ask.
+func (l *lastLine) due() bool {
+	now, last := time.Now().UnixNano(), l.Load()
+	return (last == 0 || now-last > int64(linesEvery)) && l.CompareAndSwap(last, now)
 }
 
 // readiness is what /readyz says: whether the agent can do its work as it is set up. Once it could, nothing takes that
@@ -118,7 +128,7 @@ func (a *agent) listen() (err error) {
 		flag, network, address string
 		mux                    http.Handler
 	}{
-		{"hook-address", "tcp", a.cfg.HookAddress, hookAPI},
+		{"hook-address", "tcp", a.cfg.HookAddress, hurried(hookAPI)},
 		{"control-address", "tcp", a.cfg.ControlAddress, control},
 		{"control-socket", "unix", a.cfg.ControlSocket, control},
 	} {
@@ -140,6 +150,9 @@ func (a *agent) listen() (err error) {
 				ln.Close()
 				return fmt.Errorf("--%s %q: %w", l.flag, l.address, err)
 			}
+		}
+		if l.flag == "hook-address" {
+			ln = limitCallers(ln, maxCallers) // the other ones are the pod's own
 		}
 		a.servers = append(a.servers, server{&http.Server{
 			Handler: l.mux, ReadHeaderTimeout: headerTimeout, MaxHeaderBytes: maxHeader, IdleTimeout: time.Minute,
@@ -189,12 +202,15 @@ func (a *agent) prestop(trusted bool) http.HandlerFunc {
 			answer(w, http.StatusForbidden, api.Error{Error: "refused: " + why})
 			return
 		}
-		a.hook.accepted.Add(1)
-		a.log.Info("hook call", zap.String("from", r.RemoteAddr), zap.String("agent", r.UserAgent()))
+		if n := a.hook.accepted.Add(1); n <= firstLines || a.hook.lastAccepted.due() {
+			a.log.Info("hook call", zap.String("from", r.RemoteAddr), zap.String("agent", r.UserAgent()), zap.Int64("accepted", n))
+		}
 		// The caller going away ends this wait, and never the drain.
 		v, err := a.machine.Stop(r.Context(), lifecycle.CauseHook)
 		if err != nil {
-			a.log.Warn("hook caller went away before the verdict", zap.String("from", r.RemoteAddr))
+			if n := a.hook.left.Add(1); n <= firstLines || a.hook.lastLeft.due() {
+				a.log.Warn("hook caller went away before the verdict", zap.String("from", r.RemoteAddr), zap.Int64("so far", n))
+			}
 			return
 		}
 		answer(w, http.StatusOK, verdict(v))
@@ -271,14 +287,13 @@ func (a *agent) carriesToken(r *http.Request) bool {
 }
 
 func (a *agent) refuse(r *http.Request, why string) {
-	n := a.hook.refused.Add(1)
-	now, last := time.Now().UnixNano(), a.hook.lastRefusal.Load()
-	if (last == 0 || now-last > int64(refusalsEvery)) && a.hook.lastRefusal.CompareAndSwap(last, now) {
+	if n := a.hook.refused.Add(1); a.hook.lastRefused.due() {
 		a.log.Warn("hook call refused", zap.String("from", r.RemoteAddr), zap.String("agent", r.UserAgent()), zap.String("why", why), zap.Int64("refused", n))
 	}
 }
 
 func answer(w http.ResponseWriter, code int, body any) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout)) // a recorder of a test has none
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	enc := json.NewEncoder(w)
