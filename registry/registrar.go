@@ -238,8 +238,8 @@ func (r *Registrar) Set(d lifecycle.Desired) {
 	}
 }
 
-// Sync waits until etcd matches what was last set; what has to be left alone doesn't count. When ctx ends first, the
-// error is ctx's and what kept it, if an attempt has failed.
+// Sync waits until etcd matches what was last set, and has its verdict; what has to be left alone doesn't count. When
+// ctx ends first, the error is ctx's and what kept it, if an attempt has failed.
 func (r *Registrar) Sync(ctx context.Context) error {
 	r.mu.Lock()
 	want := r.gen

@@ -3,6 +3,7 @@ package registry_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -42,11 +43,17 @@ func (a *agent) told() (n int, last *lifecycle.Hold) {
 	return n, last
 }
 
-func (a *agent) isTold(n int, reason string) {
+// isTold waits for the nth call of OnHold, which is about the hold of that reason, "" for none.
+func (a *agent) isTold(nth int, reason string) {
 	a.w.t.Helper()
-	eventually(a.w.t, "it is told of "+reason, func() bool {
-		got, h := a.told()
-		return got == n && (reason == "" && h == nil || h != nil && h.Reason == reason)
+	eventually(a.w.t, fmt.Sprintf("call %d of OnHold, about %q", nth, reason), func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if len(a.holds) < nth {
+			return false
+		}
+		h := a.holds[nth-1]
+		return reason == "" && h == nil || h != nil && h.Reason == reason
 	})
 }
 
@@ -153,7 +160,7 @@ func TestHoldExpires(t *testing.T) {
 		t.Parallel()
 		w := newWorld(t)
 		a := w.registered(spec{})
-		w.hold(lifecycle.Hold{Reason: "shortly", Expires: time.Now().Add(3 * time.Second)})
+		w.hold(lifecycle.Hold{Reason: "shortly", Expires: time.Now().Add(5 * time.Second)})
 		a.isTold(1, "shortly")
 		a.isTold(2, "")
 		a.advertised()
@@ -164,7 +171,7 @@ func TestHoldExpires(t *testing.T) {
 		w := newWorld(t)
 		a := w.registered(spec{})
 		now := time.Now().UTC()
-		w.put(holdKey, `{"reason":"shortly","since":"`+now.Format(time.RFC3339)+`","expires":"`+now.Add(3*time.Second).Format(time.RFC3339Nano)+`"}`,
+		w.put(holdKey, `{"reason":"shortly","since":"`+now.Format(time.RFC3339)+`","expires":"`+now.Add(5*time.Second).Format(time.RFC3339Nano)+`"}`,
 			clientv3.WithLease(w.lease(600)))
 		a.isTold(1, "shortly")
 		a.isTold(2, "")
