@@ -371,7 +371,8 @@ func fullPort(t *testing.T) int {
 type healthServer struct {
 	healthpb.UnimplementedHealthServer
 	*health.Server
-	agents chan string
+	agents  chan string
+	release chan struct{}
 }
 
 func (s healthServer) Check(ctx context.Context, r *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
@@ -382,7 +383,7 @@ func (s healthServer) Check(ctx context.Context, r *healthpb.HealthCheckRequest)
 		}
 	}
 	if r.Service == "slow" {
-		<-ctx.Done()
+		<-s.release // not ctx: an answer upon the client's deadline may still reach it
 	}
 	return s.Server.Check(ctx, r)
 }
@@ -418,7 +419,8 @@ func serveGRPC(t testing.TB, register func(*grpc.Server)) int {
 }
 
 func TestGRPCRules(t *testing.T) {
-	hs := healthServer{Server: health.NewServer(), agents: make(chan string, 100)}
+	hs := healthServer{Server: health.NewServer(), agents: make(chan string, 100), release: make(chan struct{})}
+	defer close(hs.release)
 	hs.SetServingStatus("up", healthpb.HealthCheckResponse_SERVING)
 	hs.SetServingStatus("down", healthpb.HealthCheckResponse_NOT_SERVING)
 	hs.SetServingStatus("vague", healthpb.HealthCheckResponse_UNKNOWN)
@@ -507,7 +509,7 @@ func TestTimeoutEndsTheWholeProcessGroup(t *testing.T) {
 	prctl(1)
 	defer prctl(0)
 	file := filepath.Join(t.TempDir(), "pid")
-	h := &execHandler{command: []string{"sh", "-c", "sleep 300 & echo $! >$0; wait", file}, timeout: soon}
+	h := &execHandler{command: []string{"sh", "-c", "sleep 300 & sleep 300 & echo $! >$0; wait", file}, timeout: soon}
 	if got, output, err := h.probe(t.Context()); got != failure || err != nil {
 		t.Fatal(got, output, err)
 	}

@@ -282,8 +282,7 @@ func (p *Prober) Run(ctx context.Context) error {
 	p.notify()
 	for {
 		select {
-		case <-ctx.Done():
-			p.life.end()
+		case <-ctx.Done(): // and with it the runs' context
 			for range p.running() {
 				<-p.finished
 			}

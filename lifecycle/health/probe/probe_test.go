@@ -416,14 +416,12 @@ func TestRestartedGivesInitialValuesAndDelaysAgain(t *testing.T) {
 }
 
 func TestRunOfTheContainerBeforeDoesNotCount(t *testing.T) {
-	first := true
-	answer := func(ctx context.Context, _ int) (verdict, string, error) {
-		if first {
-			first = false
+	answer := func(ctx context.Context, n int) (verdict, string, error) {
+		if n == 1 {
 			<-ctx.Done()
 			return success, "of the container before", nil
 		}
-		return failure, "", nil
+		return takes(time.Second)(ctx, n)
 	}
 	bubble(t, map[Kind]Spec{Readiness: {PeriodSeconds: 60}}, answers{Readiness: answer}, func(t *testing.T, r *rig) {
 		r.ran(Readiness, 1)
@@ -436,8 +434,22 @@ func TestRunOfTheContainerBeforeDoesNotCount(t *testing.T) {
 		if runs := r.fakes[Readiness].times(); len(runs) != 2 || runs[1] != at {
 			t.Errorf("runs at %v, want one more, at once", runs)
 		}
-		if got := r.State().Results[Readiness]; got.OK || got.Streak != 1 {
-			t.Errorf("result %+v, want that of the new container", got)
+		if got := r.State().Results; len(got) != 0 {
+			t.Errorf("results %+v before the new container has any", got)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		r.want("started live ready")
+	})
+}
+
+func TestRestartedDuringTheJitteredStart(t *testing.T) {
+	bubble(t, map[Kind]Spec{Readiness: {PeriodSeconds: 1000}}, answers{Readiness: says("S")}, func(t *testing.T, r *rig) {
+		r.Restarted()
+		synctest.Wait()
+		r.ran(Readiness, 2)
+		if gaps := r.fakes[Readiness].gaps(); gaps[0] != 1000*time.Second {
+			t.Errorf("second run after %v, want a period", gaps[0])
 		}
 	})
 }
