@@ -75,7 +75,7 @@ var rules = []rule{
 		why: "it is linked into applications that have gRPC already, and nothing else",
 	},
 	{
-		of: module + "/client", only: []string{module + "/internal/api"}, tests: []string{module + "/notify"},
+		of: module + "/client", only: []string{module + "/internal/api"}, tests: []string{module + "/client", module + "/notify"},
 		why: "applications have it linked in, and nobody's dependencies with it",
 	},
 	{

@@ -304,6 +304,9 @@ type agent struct {
 }
 
 func (a *agent) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
 	body := ""
 	if r.Body != nil {
 		text, _ := io.ReadAll(r.Body)

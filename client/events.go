@@ -26,7 +26,8 @@ var errSilent = fmt.Errorf("nothing heard for %s", silence)
 
 // Events are what is decided about this instance: first how it stands, then each change once and in order, across losses of
 // the connection, until ctx ends or the loop is left. When the agent was restarted, or kept the events no longer,
-// [Event.Missed] says that some are missing; the event is how the instance stands then.
+// [Event.Missed] says that some are missing; the event is how the instance stands then. What the application has said of
+// itself is to be said again then, as a new agent doesn't know it.
 //
 // An error says that the agent can't be reached at the moment. It comes without an event, once an attempt, and the next
 // attempt follows after a pause of 50 ms at first and 3 s at most. A connection that ends and comes back at once is no

@@ -24,7 +24,7 @@ type Settings struct {
 	Webhooks []Webhook `json:"webhooks,omitempty"`
 	Commands []Command `json:"commands,omitempty"`
 	// StateFile is where the newest event is kept as JSON, on a volume that the application shares; empty: nowhere. It is
-	// replaced atomically, readable for everyone, and stays when the agent ends: it says Stopped or Released then.
+	// replaced atomically, readable for everyone, and stays when the agent has ended: released, if all went well.
 	StateFile string `json:"stateFile,omitempty"`
 }
 

@@ -1,0 +1,40 @@
+// Command go follows what the Usher agent decides about this instance, and says that it is ready.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"usher.dev/usher/client"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	c, err := client.New(client.Config{Address: os.Getenv("USHER_AGENT")})
+	if err != nil {
+		log.Fatal(err)
+	}
+	report := func() {
+		if err := c.SetReadiness(ctx, true, "caches are warm"); err != nil {
+			log.Print(err)
+		}
+	}
+	report()
+	working := false // on what nobody waits for: queues, timers
+	for e, err := range c.Events(ctx) {
+		if err != nil {
+			log.Printf("%v, trying again", err)
+			continue
+		}
+		if e.Missed {
+			report() // to an agent that was restarted
+		}
+		working = e.Type == client.EventOnline || working && e.Type != client.EventDraining
+		fmt.Printf("%s: %s; background work: %t\n", e.Type, e.Cause, working)
+	}
+}
