@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -263,6 +264,8 @@ func TestBadFlagsAreNamed(t *testing.T) {
 		`"a=:80": give TARGET=HOST:PORT`:          {"--register=a=:80"},
 		"--register-ttl=1.5s: give whole seconds": {"--register-ttl=1500ms"},
 		"--register is set, but neither --etcd":   {"--register=shop/http=10.0.0.7:8080"},
+		"--workers=-1: give at least 0":           {"--workers=-1"},
+		"--replace-after=-1s: give at least 0s":   {"--replace-after=-1s"},
 		"flag provided but not defined: -x":       {"-x"},
 	} {
 		if _, err := parse(args, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
@@ -279,6 +282,7 @@ func TestHelpNamesEveryFlagAndDefaultsAreHarsh(t *testing.T) {
 	t.Setenv("ETCDCTL_ENDPOINTS", "")
 	for _, name := range []string{
 		"-http", "-grpc", "-pod", "-on-term", "-drain-timeout", "-ready-after", "-max-for", "-register", "-register-ttl", "-etcd",
+		"-agent", "-workers", "-replace-after", "-worker",
 	} {
 		if !strings.Contains(help.String(), name) {
 			t.Errorf("%s is missing in\n%s", name, help.String())
@@ -288,7 +292,7 @@ func TestHelpNamesEveryFlagAndDefaultsAreHarsh(t *testing.T) {
 	host, _ := os.Hostname()
 	want := config{
 		httpAddr: ":8080", grpcAddr: ":9090", pod: host, onTerm: "die", drainTimeout: 30 * time.Second, maxFor: time.Minute,
-		registerTTL: 15 * time.Second,
+		registerTTL: 15 * time.Second, replaceAfter: 5 * time.Second,
 	}
 	if err != nil || !reflect.DeepEqual(cfg, want) {
 		t.Errorf("%+v, %v; want %+v", cfg, err, want)
@@ -484,4 +488,49 @@ func TestRecordsOutliveTheProcessUntilTheirTTL(t *testing.T) {
 			t.Fatal("the records are there 20 s after the end, want their TTL of 2 s")
 		}
 	}
+}
+
+// The agent that a test has sees who reports, and who comes in the place of one that was killed.
+func TestWorkersAreProcessesThatReportAndAreReplaced(t *testing.T) {
+	type word struct{ id, role string }
+	words := make(chan word, 100)
+	agent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		var said struct{ Role, State string }
+		if r.Method == http.MethodDelete {
+			return // one that ended in peace
+		}
+		if err := json.NewDecoder(r.Body).Decode(&said); err != nil || said.State != "READY" {
+			t.Errorf("%s %s: %+v, %v", r.Method, r.URL, said, err)
+		}
+		words <- word{strings.TrimPrefix(r.URL.Path, "/v1/workers/"), said.Role}
+	}))
+	defer agent.Close()
+	p := startProcess(t, "--workers=2", "--replace-after=1ms", "--agent="+agent.URL)
+	known := map[string]string{}
+	heard := func(n int) {
+		t.Helper()
+		for deadline := time.After(20 * time.Second); len(known) < n; {
+			select {
+			case w := <-words:
+				known[w.id] = w.role
+			case <-deadline:
+				t.Fatalf("%d processes report after 20 s, want %d: %v", len(known), n, known)
+			}
+		}
+	}
+	heard(3)
+	if known["master"] != "master" {
+		t.Errorf("no master among %v", known)
+	}
+	for id := range known {
+		if pid, err := strconv.Atoi(strings.TrimPrefix(id, "worker-")); err == nil {
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	heard(4)
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.end(t)
 }

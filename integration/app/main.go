@@ -12,6 +12,8 @@
 // With --register it writes itself into etcd once it is ready, as an application without a sidecar does: under a lease, which
 // is all that ends its records.
 //
+// With --workers it is several processes, as servers of single-threaded runtimes are: they report themselves to the agent.
+//
 // Paths and methods are in package wire.
 package main
 
@@ -46,6 +48,10 @@ type config struct {
 	register     []record
 	registerTTL  time.Duration
 	etcd         []string
+	agent        string
+	workers      int
+	replaceAfter time.Duration
+	worker       bool
 }
 
 func parse(args []string, out io.Writer) (config, error) {
@@ -66,6 +72,10 @@ func parse(args []string, out io.Writer) (config, error) {
 	})
 	fs.DurationVar(&cfg.registerTTL, "register-ttl", 15*time.Second, "how long those records outlive the process, in whole seconds")
 	etcd := fs.String("etcd", os.Getenv("ETCDCTL_ENDPOINTS"), "etcd's client `URLs`, comma-separated (default $ETCDCTL_ENDPOINTS)")
+	fs.StringVar(&cfg.agent, "agent", "", "`URL` of the Usher agent that workers report to (default the agent's own default)")
+	fs.IntVar(&cfg.workers, "workers", 0, "`number` of worker processes, which report to the agent, as this process does as their master")
+	fs.DurationVar(&cfg.replaceAfter, "replace-after", 5*time.Second, "how long after its end a worker gets a successor")
+	fs.BoolVar(&cfg.worker, "worker", false, "be a worker, until the standard input ends")
 	fs.Usage = func() {
 		fmt.Fprint(out, "Usage: app [flags]\n\nA sample server: fast, slow and streaming answers over HTTP/1.1 and gRPC, with knobs for readiness and liveness.\n\n")
 		fs.PrintDefaults()
@@ -93,6 +103,7 @@ func parse(args []string, out io.Writer) (config, error) {
 		{"ready-after", cfg.readyAfter, 0},
 		{"max-for", cfg.maxFor, time.Millisecond},
 		{"register-ttl", cfg.registerTTL, time.Second},
+		{"replace-after", cfg.replaceAfter, 0},
 	} {
 		if d.value < d.least {
 			return config{}, fmt.Errorf("--%s=%v: give at least %v", d.flag, d.value, d.least)
@@ -100,6 +111,9 @@ func parse(args []string, out io.Writer) (config, error) {
 	}
 	if cfg.registerTTL%time.Second != 0 {
 		return config{}, fmt.Errorf("--register-ttl=%v: give whole seconds, as etcd's leases have", cfg.registerTTL)
+	}
+	if cfg.workers < 0 {
+		return config{}, fmt.Errorf("--workers=%d: give at least 0", cfg.workers)
 	}
 	if *etcd != "" {
 		cfg.etcd = strings.Split(*etcd, ",")
@@ -136,6 +150,9 @@ func main() {
 
 // run serves until SIGTERM or SIGINT and returns the status to exit with.
 func run(cfg config, log *slog.Logger) (int, error) {
+	if cfg.worker {
+		return 0, work(cfg)
+	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 
@@ -152,13 +169,16 @@ func run(cfg config, log *slog.Logger) (int, error) {
 	hs := &http.Server{Handler: srv.handler()}
 	gs := srv.grpcServer()
 
-	failed := make(chan error, 3)
+	failed := make(chan error, 4)
 	go func() { failed <- fmt.Errorf("serve HTTP: %w", hs.Serve(hl)) }()
 	go func() {
 		if err := gs.Serve(gl); err != nil {
 			failed <- fmt.Errorf("serve gRPC: %w", err)
 		}
 	}()
+	if cfg.workers > 0 {
+		go func() { failed <- fmt.Errorf("workers: %w", manage(cfg, log)) }()
+	}
 	log.Info("listening", "pod", cfg.pod, "http", hl.Addr().String(), "grpc", gl.Addr().String(), "onTerm", cfg.onTerm)
 
 	ready := time.NewTimer(cfg.readyAfter)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"usher.dev/usher/client"
 	"usher.dev/usher/integration/app/wire"
 )
 
@@ -104,6 +106,7 @@ func (s *server) handler() http.Handler {
 	mux.HandleFunc("GET "+wire.InFlightPath, func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, s.inFlight.Load())
 	})
+	mux.HandleFunc("POST "+wire.ToldPath, s.told)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set(wire.PodHeader, s.pod)
 		mux.ServeHTTP(w, r)
@@ -122,6 +125,21 @@ func (s *server) counted(next func(http.ResponseWriter, *http.Request, int64)) h
 		}
 		next(w, r, n)
 	})
+}
+
+// told logs what the agent says at the moment it is heard.
+func (s *server) told(w http.ResponseWriter, r *http.Request) {
+	d, err := duration(r.URL.Query(), "for", 0, 0, s.maxFor)
+	var e client.Event
+	if err == nil {
+		err = json.NewDecoder(r.Body).Decode(&e)
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	s.log.Info("told", "event", e.Type, "id", e.ID, "state", e.State, "cause", e.Cause)
+	pause(r.Context(), d) // a caller that is gone is no error
 }
 
 func (s *server) answer(usual time.Duration) func(http.ResponseWriter, *http.Request, int64) {

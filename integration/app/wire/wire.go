@@ -30,6 +30,8 @@ const (
 	LivePath  = "/livez"
 	// InFlightPath answers the number of requests that are owed an answer now, HTTP and gRPC together, as a decimal number.
 	InFlightPath = "/inflight"
+	// ToldPath takes the agent's events by POST, logs each, and answers after the duration in the query parameter for.
+	ToldPath = "/told"
 )
 
 // PodHeader names the pod in every HTTP answer.
