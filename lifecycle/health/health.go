@@ -235,7 +235,9 @@ func (h *Health) Effective() lifecycle.Availability {
 	return lifecycle.Availability{Liveness: h.said.Liveness, Readiness: h.effective}
 }
 
-// SetLifecycle says what is decided about the instance. It never blocks.
+// SetLifecycle says what is decided about the instance. It has to hear of every change, not of State's alone: where the
+// kubelet asks for the group readiness, an instance whose hold is over stays Offline until that is known here. It never
+// blocks.
 func (h *Health) SetLifecycle(l Lifecycle) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

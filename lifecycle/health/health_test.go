@@ -368,7 +368,7 @@ func TestProbesDecideForReal(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	got := r.do("GET", "/health/app", "")
-	if !strings.Contains(got, `"readiness": {`) || !strings.Contains(got, `"ok": true`) {
+	if !strings.Contains(got, `"readiness": {`) || !strings.Contains(got, `"ok": true`) || !strings.Contains(got, `"streak": `) {
 		t.Errorf("got %s", got)
 	}
 	if w := r.ask(r.control, "PUT", "/v1/workers/w1", `{"state": "READY"}`); w.Code != 409 || !strings.Contains(w.Body.String(), "is probed") {

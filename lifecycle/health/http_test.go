@@ -11,7 +11,6 @@ import (
 
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
-	"usher.dev/usher/lifecycle/health/probe"
 )
 
 func TestShapes(t *testing.T) {
@@ -153,14 +152,18 @@ func TestComponentIsSeenInItsGroupsAspect(t *testing.T) {
 	r.livenessIs(lifecycle.Broken, "component api: liveness probe failed")
 }
 
-func TestProbesResultsAreShown(t *testing.T) {
-	r := newRig(t, `{"components": {"db": {`+ready+`}}}`)
-	out := result{OK: true, Output: "x", Time: time.Unix(0, 0).UTC(), TookMs: 3, Streak: 2}
-	b, err := json.Marshal(out)
-	if err != nil || string(b) != `{"ok":true,"output":"x","time":"1970-01-01T00:00:00Z","tookMs":3,"streak":2}` {
-		t.Errorf("got %s", b)
+func TestPredefinedGroupKeepsItsAspectInAnother(t *testing.T) {
+	r := newRig(t, `{"components": {"web": {`+threeProbes+`}}, "groups": {"mine": {"include": ["liveness"]}, "ours": {"include": ["readiness"]}}}`)
+	r.turn("web", true, true, false)
+	for path, want := range map[string]int{"/health/mine": 200, "/health/mine/liveness/web": 200, "/health/ours": 503, "/health/ours/readiness/web": 503} {
+		if w := r.ask(r.hook, "GET", path, ""); w.Code != want {
+			t.Errorf("%s: got %d %s", path, w.Code, w.Body)
+		}
 	}
-	r.probed(r.components["db"], probe.State{Started: true, Live: true, Results: map[probe.Kind]probe.Result{probe.Readiness: {Output: strings.Repeat("ä", 10_000)}}})
+}
+
+func TestLongOutputIsCut(t *testing.T) {
+	r := newRig(t, `{"components": {"db": {`+ready+`}}}`)
 	r.turn("db", true, true, true)
 	r.turn("db", true, true, false, strings.Repeat("ä", 10_000))
 	if got := r.Availability().Readiness.Cause; len(got) > maxCause+100 || !strings.HasSuffix(got, "ä…") {
