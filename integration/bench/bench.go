@@ -11,6 +11,8 @@
 // from the example manifest. What registrations cost etcd is measured on one more etcd, which has nothing else to do:
 //
 //	bench (registrars, renewals) ---------> etcd (CPU, RSS, size; killed and started again)
+//
+// What a drain costs and whether it misses requests is measured inside the bench, on loopback connections of its own.
 package bench
 
 import (
@@ -33,13 +35,14 @@ const (
 	Latency  = "latency"  // from an endpoint's change, or a hook call, until a watcher of etcd knows
 	Sidecars = "sidecars" // programs and processes
 	Registry = "registry" // what it costs etcd; needs no Kubernetes
+	Drain    = "drain"    // what samples of sockets cost, and whether they miss requests; needs neither Kubernetes nor etcd
 )
 
 // Config of Run.
 type Config struct {
 	// Only measures one part; empty: all.
 	Only string
-	// Stack may be nil when Only is Registry.
+	// Stack may be nil when Only is Registry or Drain.
 	Stack *stack.Stack
 	// Etcd is the path of the program.
 	Etcd string
@@ -67,6 +70,11 @@ func Run(ctx context.Context, cfg Config) (Report, error) {
 	}
 	if cfg.Wants(Registry) {
 		if err := etcdCosts(ctx, cfg.Etcd, say, &r); err != nil {
+			return Report{}, err
+		}
+	}
+	if cfg.Wants(Drain) {
+		if err := drains(ctx, say, &r); err != nil {
 			return Report{}, err
 		}
 	}

@@ -25,13 +25,14 @@ import (
 )
 
 const usage = `Measures Usher on a real Kubernetes and a real etcd, next to what the bare API server and etcd take, and what
-registrations cost an etcd of their own, and prints a table. Needs root. It uses the cluster that is up, or brings one up
+registrations cost an etcd of their own, and what a drain costs and misses, and prints a table. Needs root. It uses the cluster that is up, or brings one up
 and takes it down again. Other load on the machine shows in the figures.
 
 Usage: bench [flags]
 
   -o FORMAT        table or markdown (default table)
-  --only PART      latency, sidecars or registry (what it costs etcd; needs neither root nor a cluster); default all
+  --only PART      latency, sidecars, registry (what it costs etcd) or drain (cost and misses of socket samples); default all.
+                   The last two need neither root nor a cluster
   --rounds N       how many times each transition is measured, at least 200 (default 250)
   --agents N       how many pods with a sidecar are looked at (default 5)
   --idle DURATION  how long their CPU time is counted, at least 10s (default 1m)
@@ -86,8 +87,8 @@ func parse(args []string) (options, error) {
 		return o, fmt.Errorf("argument %q: want flags only", fs.Arg(0))
 	case o.format != "table" && o.format != "markdown":
 		return o, fmt.Errorf("-o is %q: want table or markdown", o.format)
-	case !slices.Contains([]string{"", bench.Latency, bench.Sidecars, bench.Registry}, o.Only):
-		return o, fmt.Errorf("--only is %q: want latency, sidecars or registry", o.Only)
+	case !slices.Contains([]string{"", bench.Latency, bench.Sidecars, bench.Registry, bench.Drain}, o.Only):
+		return o, fmt.Errorf("--only is %q: want latency, sidecars, registry or drain", o.Only)
 	case o.Rounds < 200:
 		return o, fmt.Errorf("--rounds is %d: want at least 200, or the p99 says little", o.Rounds)
 	case o.Agents < 1 || o.Agents > 20:
@@ -101,12 +102,14 @@ func parse(args []string) (options, error) {
 // run prints the report to out, and returns how many targets are missed.
 func run(ctx context.Context, o options, out, progress io.Writer) (missed int, err error) {
 	o.Progress = progress
-	binaries, err := cluster.Build(ctx, progress)
-	if err != nil {
-		return 0, err
+	if o.Only != bench.Drain {
+		binaries, err := cluster.Build(ctx, progress)
+		if err != nil {
+			return 0, err
+		}
+		o.Etcd = filepath.Join(binaries.Dir, cluster.Etcd)
 	}
-	o.Etcd = filepath.Join(binaries.Dir, cluster.Etcd)
-	if o.Only != bench.Registry {
+	if o.Wants(bench.Latency) || o.Wants(bench.Sidecars) {
 		if o.Stack, err = stack.Up(ctx, stack.Config{Progress: progress}); err != nil {
 			return 0, err
 		}

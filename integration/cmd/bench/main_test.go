@@ -18,7 +18,7 @@ func TestDefaultsMeasureWhatTheTableNeeds(t *testing.T) {
 func TestBadFlagIsNamedWithWhatWouldBeRight(t *testing.T) {
 	for args, want := range map[string]string{
 		"-o json":     `-o is "json": want table or markdown`,
-		"--only etcd": `--only is "etcd": want latency, sidecars or registry`,
+		"--only etcd": `--only is "etcd": want latency, sidecars, registry or drain`,
 		"--rounds 10": "--rounds is 10: want at least 200",
 		"--agents 0":  "--agents is 0: want 1 to 20",
 		"--idle 1s":   "--idle is 1s: want at least 10s",
