@@ -23,8 +23,9 @@ const (
 	headHeight vg.Length = 24
 	barHeight  vg.Length = 14
 	fontSize   vg.Length = 10
+	margin     vg.Length = 6
 	// labelRoom is the share of a panel that is left for the figures behind the longest bar.
-	labelRoom = 0.62
+	labelRoom = 0.75
 )
 
 // Both stand out on white and on black.
@@ -70,6 +71,9 @@ func (r Report) SVG(w io.Writer) error {
 			length: ratio(median.Seconds(), longest), whisker: ratio(worst.Seconds(), longest), color: c,
 			label: fmt.Sprintf("%.1f s, worst %.1f s", median.Seconds(), worst.Seconds()),
 		}
+		if lost > 0 && worst == 0 {
+			beyond[row].label = "none: cut off"
+		}
 	}
 	left, err := panel("Failed requests (logarithmic bars)", failed)
 	if err != nil {
@@ -83,8 +87,8 @@ func (r Report) SVG(w io.Writer) error {
 		return err
 	}
 	right.HideY()
-	canvas := vgsvg.New(chartWidth, headHeight+vg.Length(n)*rowHeight)
-	area := draw.New(canvas)
+	canvas := vgsvg.New(chartWidth, headHeight+vg.Length(n)*rowHeight+2*margin)
+	area := draw.Crop(draw.New(canvas), margin, -margin, margin, -margin)
 	const split = 0.6 // the left one has the names
 	middle := area.Min.X + split*(area.Max.X-area.Min.X)
 	left.Draw(draw.Crop(area, 0, middle-area.Max.X, 0, 0))

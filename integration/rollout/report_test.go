@@ -82,6 +82,20 @@ func TestChartHasEveryWayAndFitsItsFigures(t *testing.T) {
 	}
 }
 
+func TestChartSaysOfLossesWithoutLingeringThatTheyWereCutOff(t *testing.T) {
+	r := sample()
+	for i := range r.Results[0].Turns[0].Stops {
+		r.Results[0].Turns[0].Stops[i].After = 0
+	}
+	var b bytes.Buffer
+	if err := r.SVG(&b); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(b.String(), ">none: cut off<"); n != 1 {
+		t.Errorf("%d ways were cut off, want 1", n)
+	}
+}
+
 func TestChartOfNothingLostAndNothingWasted(t *testing.T) {
 	if err := (Report{Results: []Result{{Way: Ways()[0], Turns: []Turn{{}}}}}).SVG(io.Discard); err != nil {
 		t.Error(err)
