@@ -68,6 +68,9 @@ func reducePod(hookPort uint16) func(runtime.Object) podInfo {
 		for _, s := range p.Status.ContainerStatuses {
 			if slices.Contains(serving, s.Name) {
 				info.pod.Restarts += int(s.RestartCount)
+				if r := s.State.Running; r != nil && r.StartedAt.After(info.pod.Restarted) {
+					info.pod.Restarted = r.StartedAt.UTC()
+				}
 			}
 		}
 		for _, ip := range p.Status.PodIPs {

@@ -56,6 +56,7 @@ type agent struct {
 	hook      hook
 	readiness *readiness
 	health    *health.Health
+	own       drain.Own // the probes' connections
 	hub       *notify.Hub
 	receivers *notify.Receivers
 	// healthGRPC serves grpc.health.v1; nil unless wanted.
@@ -132,6 +133,7 @@ func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	} else if err := a.watch(); err != nil {
 		return nil, err
 	}
+	a.machine.SetAvailability(a.health.Availability())
 	a.metrics = newMetrics(a)
 	return a, a.listen()
 }
@@ -184,7 +186,7 @@ func (a *agent) newDrainer() (lifecycle.Drainer, error) {
 	for _, name := range a.cfg.Sources {
 		switch name {
 		case sourceSockdiag:
-			s, err := drain.NewSockdiag(drain.SockdiagConfig{MinPatience: a.cfg.Budget.Settle, Logger: a.log.Named("sockdiag")})
+			s, err := drain.NewSockdiag(drain.SockdiagConfig{MinPatience: a.cfg.Budget.Settle, Own: &a.own, Logger: a.log.Named("sockdiag")})
 			if err != nil {
 				// Better a drain that waits out the floor and says why than a pod that doesn't start.
 				a.log.Error("source sockdiag can't be used here, drains will wait for the floor", zap.Duration("floor", a.cfg.Floor), zap.Error(err))
@@ -310,6 +312,7 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 
 	var err error
 	if len(a.cfg.Command) > 0 {
+		waits = append(waits, start("orphans", reapOrphans, deciding))
 		a.child, err = startChild(a.cfg.Command, a.log.Named("application"))
 	}
 	for err == nil {

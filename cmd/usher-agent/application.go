@@ -14,7 +14,9 @@ import (
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
 	"usher.dev/usher/lifecycle/health"
+	"usher.dev/usher/lifecycle/health/probe"
 	"usher.dev/usher/notify"
+	"usher.dev/usher/registry"
 )
 
 // holdTimeout is how long an order to hold or to resume waits for etcd.
@@ -23,7 +25,7 @@ const holdTimeout = 5 * time.Second
 // newHealth makes what asks the application how it is, and what tells it how it stands.
 func (a *agent) newHealth() (err error) {
 	a.health, err = health.New(health.Config{
-		Settings: a.cfg.Health, Ports: a.namedPort, OnChange: a.available, Authorized: a.carriesToken,
+		Settings: a.cfg.Health, Ports: a.namedPort, Wrap: func(d probe.Dial) probe.Dial { return a.own.Dial(d) }, OnChange: a.available, Authorized: a.carriesToken,
 		Version: buildVersion(), Logger: a.log.Named("health"),
 	})
 	if err != nil {
@@ -84,13 +86,18 @@ func (a *agent) restarted(p lifecycle.Pod) {
 	a.restartsSeen, a.restarts = true, p.Restarts
 }
 
+// decided tells the health how the instance stands.
+func (a *agent) decided(state lifecycle.State, cause string, held, terminating bool) {
+	a.health.SetLifecycle(health.Lifecycle{
+		State: state.String(), Cause: cause, Held: held,
+		Draining: state == lifecycle.Draining || state == lifecycle.Stopped || state == lifecycle.Released && terminating,
+	})
+}
+
 // tell publishes what was decided. It is called from the machine's goroutine.
 func (a *agent) tell(t lifecycle.Transition) {
 	st := a.machine.Status()
-	a.health.SetLifecycle(health.Lifecycle{
-		State: t.State.String(), Cause: t.Cause, Held: st.Hold != nil,
-		Draining: t.State == lifecycle.Draining || t.State == lifecycle.Stopped || t.State == lifecycle.Released && st.Observation.Pod.Terminating,
-	})
+	a.decided(t.State, t.Cause, st.Hold != nil, st.Observation.Pod.Terminating)
 	e := api.Event{Time: t.Time, State: t.State.String(), Cause: t.Cause}
 	switch {
 	case t.State == lifecycle.Online:
@@ -118,7 +125,9 @@ func (a *agent) held(h *lifecycle.Hold) {
 	if h != nil {
 		e.Type, e.Cause = api.EventHeld, h.String()
 	}
-	e.State = a.machine.Status().State.String()
+	st := a.machine.Status()
+	e.State = st.State.String()
+	a.decided(st.State, e.Cause, h != nil, st.Observation.Pod.Terminating)
 	a.hub.Publish(e)
 }
 
@@ -143,7 +152,11 @@ func (a *agent) orderHold(w http.ResponseWriter, r *http.Request) {
 		}
 		h, err := a.registrar.Hold(ctx, lifecycle.Hold{Reason: order.Reason, Actor: order.Actor, Expires: order.Expires})
 		if err != nil {
-			fail(http.StatusServiceUnavailable, err)
+			code := http.StatusServiceUnavailable
+			if errors.Is(err, registry.ErrBadHold) {
+				code = http.StatusBadRequest
+			}
+			fail(code, err)
 			return
 		}
 		answer(w, http.StatusOK, api.Hold{Reason: h.Reason, Actor: h.Actor, Since: h.Since, Expires: h.Expires})

@@ -5,6 +5,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/notify"
 )
 
 // metrics are what the agent tells Prometheus. What others count already is read when it is asked for.
@@ -62,6 +63,7 @@ func newMetrics(a *agent) *metrics {
 		}, nil),
 		counter("usher_hook_calls_total", "Calls of the preStop hook.", func() float64 { return float64(a.hook.accepted.Load()) }, prometheus.Labels{"result": "accepted"}),
 		counter("usher_hook_calls_total", "Calls of the preStop hook.", func() float64 { return float64(a.hook.refused.Load()) }, prometheus.Labels{"result": "refused"}),
+		gauge("usher_event_streams", "Applications that follow the events.", func() float64 { return float64(a.hub.Streams()) }, nil),
 		gauge("usher_prestop_missing", "1 while no container of the pod has a preStop hook that leads to the agent.", func() float64 { return is(a.hook.missing.Load()) }, nil),
 		gauge("usher_in_flight", "Requests in flight, as the last sample of a drain saw them.", func() float64 {
 			if p := a.progress.Load(); p != nil {
@@ -70,6 +72,15 @@ func newMetrics(a *agent) *metrics {
 			return 0
 		}, nil),
 	)
+	for kind, c := range map[string]*notify.Counters{
+		"webhook": &a.receivers.Webhooks, "command": &a.receivers.Commands, "state-file": &a.receivers.StateFile,
+	} {
+		const help = "Events that the application was told of, and those that were given up."
+		m.registry.MustRegister(
+			counter("usher_notifications_total", help, func() float64 { return float64(c.Delivered.Load()) }, prometheus.Labels{"receiver": kind, "result": "delivered"}),
+			counter("usher_notifications_total", help, func() float64 { return float64(c.Failed.Load()) }, prometheus.Labels{"receiver": kind, "result": "failed"}),
+		)
+	}
 	return m
 }
 

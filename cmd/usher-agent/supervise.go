@@ -1,13 +1,19 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
+	"time"
 
 	"go.uber.org/zap"
 )
@@ -86,6 +92,60 @@ func (c *child) stop(sig os.Signal, signals <-chan os.Signal) {
 			c.signal(sig)
 		}
 	}
+}
+
+// reapEvery is how often the first process of a container looks for what nobody waits for.
+const reapEvery = 10 * time.Second
+
+// reapOrphans ends what others left behind: their children become those of the container's first process, and stay as zombies
+// until it has asked for their exit. Its own children have somebody who waits for each, so what is a zombie at two looks
+// in a row is an orphan.
+func reapOrphans(ctx context.Context) error {
+	if os.Getpid() != 1 {
+		return nil
+	}
+	tick := time.NewTicker(reapEvery)
+	defer tick.Stop()
+	for before := map[int]bool{}; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		now := map[int]bool{}
+		for _, pid := range zombies(os.Getpid()) {
+			if before[pid] {
+				syscall.Wait4(pid, nil, syscall.WNOHANG, nil) // gone by now: all the better
+			}
+			now[pid] = true
+		}
+		before = now
+	}
+}
+
+// zombies are a process' children that have exited and that nobody has asked about (proc(5): /proc/PID/stat).
+func zombies(parent int) []int {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, file := range stats {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // it is gone
+		}
+		// The name, in parentheses, may hold anything.
+		_, rest, _ := strings.Cut(string(text[max(0, bytes.LastIndexByte(text, ')')):]), " ")
+		fields := strings.Fields(rest)
+		if len(fields) < 2 || fields[0] != "Z" || fields[1] != strconv.Itoa(parent) {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // supervised asks for the signals that an application would have got, beside those that end the agent.

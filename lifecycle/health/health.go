@@ -23,6 +23,8 @@ type Config struct {
 	Host string
 	// Ports gives the number of a named port. nil knows none.
 	Ports func(name string) (int, bool)
+	// Wrap is put around the dialling of probes; nil: nothing is.
+	Wrap func(probe.Dial) probe.Dial
 	// OnChange is told of the availability from Run's goroutine: first when somebody says anything, then whenever it is
 	// another. It must not block. It never hears of drains and holds.
 	OnChange func(lifecycle.Availability)
@@ -170,7 +172,7 @@ func New(cfg Config) (*Health, error) {
 }
 
 func (h *Health) prober(c probe.Config) (*probe.Prober, error) {
-	c.Host, c.Ports, c.Version, c.Logger = h.cfg.Host, h.cfg.Ports, h.cfg.Version, h.log.Named("probe")
+	c.Host, c.Ports, c.Wrap, c.Version, c.Logger = h.cfg.Host, h.cfg.Ports, h.cfg.Wrap, h.cfg.Version, h.log.Named("probe")
 	p, err := probe.New(c)
 	h.probers = append(h.probers, p)
 	return p, err

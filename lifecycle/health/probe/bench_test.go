@@ -211,10 +211,10 @@ func cpuTime(b *testing.B) time.Duration {
 func BenchmarkRun(b *testing.B) {
 	target := startTarget(b)
 	for name, h := range map[string]handler{
-		"tcp":   &tcpHandler{host: "127.0.0.1", port: at(target.HTTP), timeout: patience},
-		"http":  newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "127.0.0.1", "", at(target.HTTP), patience),
-		"https": newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTPS"}, "127.0.0.1", "", at(target.HTTPS), patience),
-		"grpc":  newGRPCHandler("127.0.0.1", target.GRPC, "", "", patience),
+		"tcp":   &tcpHandler{host: "127.0.0.1", port: at(target.HTTP), timeout: patience, dial: dialer().DialContext},
+		"http":  newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "127.0.0.1", "", at(target.HTTP), patience, dialer().DialContext),
+		"https": newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTPS"}, "127.0.0.1", "", at(target.HTTPS), patience, dialer().DialContext),
+		"grpc":  newGRPCHandler("127.0.0.1", target.GRPC, "", "", patience, dialer().DialContext),
 		"exec":  &execHandler{command: []string{"/bin/true"}, timeout: patience},
 	} {
 		b.Run(name, func(b *testing.B) {

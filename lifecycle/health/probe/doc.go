@@ -17,6 +17,8 @@
 //
 // # Where it departs from the kubelet
 //
+// The first run is put off by a random part of a second, not of a whole period: see [Prober.Run].
+//
 // After a liveness or startup probe has failed failureThreshold times, the kubelet stops probing until there is a new
 // container (worker.go: onHold), for it is about to kill this one. Here probing goes on, and a success heals the state.
 // This package kills nothing: what it finds is read by others, such as the kubelet's own probe of the agent, which has a

@@ -22,14 +22,14 @@ type grpcHandler struct {
 	options       []grpc.DialOption
 }
 
-func newGRPCHandler(host string, port int, service, agent string, timeout time.Duration) *grpcHandler {
+func newGRPCHandler(host string, port int, service, agent string, timeout time.Duration, dial Dial) *grpcHandler {
 	return &grpcHandler{
 		addr: net.JoinHostPort(host, strconv.Itoa(port)), service: service, timeout: timeout,
 		options: []grpc.DialOption{
 			grpc.WithUserAgent(agent),
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-				return dialer().DialContext(ctx, "tcp", addr)
+				return dial(ctx, "tcp", addr)
 			}),
 			grpc.WithNoProxy(),
 			grpc.WithDisableServiceConfig(),

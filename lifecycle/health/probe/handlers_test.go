@@ -126,7 +126,7 @@ func ask(t *testing.T, spec HTTPGet, port int, timeout time.Duration) (verdict, 
 	if err := s.Validate(Readiness); err != nil {
 		t.Fatal(err)
 	}
-	return newHTTPHandler(*s.defaulted().HTTPGet, "127.0.0.1", "usher-probe/1.2", at(port), timeout).probe(t.Context())
+	return newHTTPHandler(*s.defaulted().HTTPGet, "127.0.0.1", "usher-probe/1.2", at(port), timeout, dialer().DialContext).probe(t.Context())
 }
 
 func TestHTTPRules(t *testing.T) {
@@ -207,13 +207,13 @@ func TestHTTPRules(t *testing.T) {
 		}
 	})
 	t.Run("request.go: httpGet.host goes before the default host", func(t *testing.T) {
-		h := newHTTPHandler(HTTPGet{Host: "127.0.0.1", Path: "/", Scheme: "HTTP"}, "192.0.2.1", "", at(app.port(t)), patience)
+		h := newHTTPHandler(HTTPGet{Host: "127.0.0.1", Path: "/", Scheme: "HTTP"}, "192.0.2.1", "", at(app.port(t)), patience, dialer().DialContext)
 		if got, output, err := h.probe(t.Context()); got != success {
 			t.Errorf("got %v, %q, %v", got, output, err)
 		}
 	})
 	t.Run("http.go: no proxy", func(t *testing.T) {
-		h := newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "x", "", at(1), patience)
+		h := newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "x", "", at(1), patience, dialer().DialContext)
 		if h.client.Transport.(*http.Transport).Proxy != nil {
 			t.Error("there is a proxy")
 		}
@@ -259,7 +259,7 @@ func TestHTTPHeaders(t *testing.T) {
 
 func TestEachHTTPRunHasAConnectionOfItsOwn(t *testing.T) {
 	app := newWebApp(t, (*httptest.Server).Start)
-	h := newHTTPHandler(HTTPGet{Path: "/long", Scheme: "HTTP"}, "127.0.0.1", "", at(app.port(t)), patience)
+	h := newHTTPHandler(HTTPGet{Path: "/long", Scheme: "HTTP"}, "127.0.0.1", "", at(app.port(t)), patience, dialer().DialContext)
 	var outputs []string
 	for range 3 {
 		got, output, err := h.probe(t.Context())
@@ -329,7 +329,7 @@ func TestTCPRules(t *testing.T) {
 		{"tcp.go: not opened in time is a failure", fullPort(t), soon, failure, "i/o timeout"},
 	} {
 		t.Run(tc.rule, func(t *testing.T) {
-			h := &tcpHandler{host: "127.0.0.1", port: at(tc.port), timeout: tc.timeout}
+			h := &tcpHandler{host: "127.0.0.1", port: at(tc.port), timeout: tc.timeout, dial: dialer().DialContext}
 			if got, output, err := h.probe(t.Context()); got != tc.want || err != nil || !strings.Contains(output, tc.output) {
 				t.Errorf("got %v, %q, %v; want %v, %q", got, output, err, tc.want, tc.output)
 			}
@@ -449,7 +449,7 @@ func TestGRPCRules(t *testing.T) {
 		{"grpc.go: connected, but no gRPC", "", portOf(t, mute.Addr().String()), soon, failure, "timeout: failed to connect service"},
 	} {
 		t.Run(tc.rule, func(t *testing.T) {
-			h := newGRPCHandler("127.0.0.1", tc.port, tc.service, "usher-probe/1.2", tc.timeout)
+			h := newGRPCHandler("127.0.0.1", tc.port, tc.service, "usher-probe/1.2", tc.timeout, dialer().DialContext)
 			if got, output, err := h.probe(t.Context()); got != tc.want || err != nil || !strings.Contains(output, tc.output) {
 				t.Errorf("got %v, %q, %v; want %v, %q", got, output, err, tc.want, tc.output)
 			}

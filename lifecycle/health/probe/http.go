@@ -27,7 +27,7 @@ type httpHandler struct {
 	output capture
 }
 
-func newHTTPHandler(spec HTTPGet, host, agent string, port func() (int, error), timeout time.Duration) *httpHandler {
+func newHTTPHandler(spec HTTPGet, host, agent string, port func() (int, error), timeout time.Duration, dial Dial) *httpHandler {
 	if spec.Host != "" {
 		host = spec.Host
 	}
@@ -58,7 +58,7 @@ func newHTTPHandler(spec HTTPGet, host, agent string, port func() (int, error), 
 			TLSClientConfig:    &tls.Config{InsecureSkipVerify: true, ClientSessionCache: tls.NewLRUClientSessionCache(1)},
 			DisableKeepAlives:  true,
 			DisableCompression: true, // no Accept-Encoding
-			DialContext:        dialer().DialContext,
+			DialContext:        dial,
 			// The other two are as in http.DefaultTransport, from which the kubelet takes them.
 			ForceAttemptHTTP2:   true,
 			TLSHandshakeTimeout: 10 * time.Second,

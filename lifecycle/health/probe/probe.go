@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"time"
 
@@ -18,6 +19,8 @@ const (
 	maxOutput = 10 << 10
 	// maxLogged of it goes into a line of the log, in bytes.
 	maxLogged = 256
+	// maxJitter of the first run.
+	maxJitter = time.Second
 	// attempts of a run that can't be carried out (kubelet/prober/prober.go: maxProbeRetries).
 	attempts = 3
 )
@@ -33,6 +36,8 @@ type Config struct {
 	Host string
 	// Ports gives the number of a named port. It is asked at each run; nil knows none.
 	Ports func(name string) (int, bool)
+	// Wrap is put around the dialling of http, tcp and grpc probes, for whoever wants to know their connections; nil: nothing is.
+	Wrap func(Dial) Dial
 	// OnChange is called from Run's goroutine with the initial values and whenever Started, Live or Ready turns. It must
 	// not block. Results that turn nothing are in Prober.State only.
 	OnChange func(State)
@@ -41,6 +46,9 @@ type Config struct {
 	// Logger; default none.
 	Logger *zap.Logger
 }
+
+// Dial is how a connection is made.
+type Dial = func(ctx context.Context, network, address string) (net.Conn, error)
 
 // State is what the probes say together.
 type State struct {
@@ -186,7 +194,7 @@ func New(cfg Config) (*Prober, error) {
 			add("%v: port is %v, must be a number: no named ports are known here", pr.kind, port)
 			continue
 		}
-		pr.handler = pr.spec.handler(host, agent, func() (int, error) { return port.resolve(cfg.Ports) })
+		pr.handler = pr.spec.handler(host, agent, func() (int, error) { return port.resolve(cfg.Ports) }, cfg.Wrap)
 		p.probes[kind] = pr
 	}
 	if cfg.Startup == nil && cfg.Liveness == nil && cfg.Readiness == nil {
@@ -232,18 +240,22 @@ func (p Port) resolve(ports func(string) (int, bool)) (int, error) {
 }
 
 // handler of a spec that was validated and defaulted.
-func (s Spec) handler(host, agent string, port func() (int, error)) handler {
+func (s Spec) handler(host, agent string, port func() (int, error), wrap func(Dial) Dial) handler {
 	timeout := time.Duration(s.TimeoutSeconds) * time.Second
+	dial := dialer().DialContext
+	if wrap != nil {
+		dial = wrap(dial)
+	}
 	switch {
 	case s.HTTPGet != nil:
-		return newHTTPHandler(*s.HTTPGet, host, agent, port, timeout)
+		return newHTTPHandler(*s.HTTPGet, host, agent, port, timeout, dial)
 	case s.TCPSocket != nil:
 		if s.TCPSocket.Host != "" {
 			host = s.TCPSocket.Host
 		}
-		return &tcpHandler{host: host, port: port, timeout: timeout}
+		return &tcpHandler{host: host, port: port, timeout: timeout, dial: dial}
 	case s.GRPC != nil:
-		return newGRPCHandler(host, int(s.GRPC.Port), s.GRPC.Service, agent, timeout)
+		return newGRPCHandler(host, int(s.GRPC.Port), s.GRPC.Service, agent, timeout, dial)
 	}
 	return &execHandler{command: s.Exec.Command, timeout: timeout}
 }
@@ -267,12 +279,13 @@ func (p *Prober) Restarted() {
 }
 
 // Run probes until ctx ends, and returns nil then, once no run is under way any more. It is called once. Its start counts as
-// the container's; each probe starts after a random part of its period (kubelet/prober/worker.go: run, whose condition
-// that the kubelet is younger than a period always holds here).
+// the container's; each probe starts after a random part of its period, at most of 1 s. The kubelet does so over a whole
+// period when it has been restarted itself, and has all its node's pods to probe; a container that is new it probes at
+// once (kubelet/prober/worker.go: run). Here there are few probes, and who waits for them is a new instance.
 func (p *Prober) Run(ctx context.Context) error {
 	for _, pr := range p.probes {
 		if pr != nil {
-			jitter := time.NewTimer(rand.N(pr.period()))
+			jitter := time.NewTimer(rand.N(min(pr.period(), maxJitter)))
 			defer jitter.Stop()
 			pr.due = jitter.C
 			defer pr.stop()

@@ -25,6 +25,7 @@ type tcpHandler struct {
 	host    string
 	port    func() (int, error)
 	timeout time.Duration
+	dial    Dial
 }
 
 func (h *tcpHandler) probe(ctx context.Context) (verdict, string, error) {
@@ -32,9 +33,9 @@ func (h *tcpHandler) probe(ctx context.Context) (verdict, string, error) {
 	if err != nil {
 		return unknown, "", err
 	}
-	d := dialer()
-	d.Timeout = h.timeout
-	conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(h.host, strconv.Itoa(port)))
+	ctx, cancel := context.WithTimeout(ctx, h.timeout)
+	defer cancel()
+	conn, err := h.dial(ctx, "tcp", net.JoinHostPort(h.host, strconv.Itoa(port)))
 	if err != nil {
 		return failure, err.Error(), nil
 	}
