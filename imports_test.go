@@ -83,7 +83,7 @@ var rules = []rule{
 		why: "usher-prestop has it linked in",
 	},
 	{
-		of: module + "/cmd/usher-prestop", only: []string{module + "/internal/api"},
+		of: module + "/cmd/usher-prestop", only: []string{module + "/internal/api", module + "/client"}, tests: []string{module + "/notify"},
 		why: "it is copied into applications' images and started for every hook call: it has to be small, and to start in milliseconds",
 	},
 	{

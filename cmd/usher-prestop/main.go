@@ -13,8 +13,22 @@
 // A call that breaks off after it began, because the agent was restarted, is made again for 2 s: the agent lets it join
 // the drain. The kubelet itself doesn't restart a container of a Pod whose hook runs; a supervisor in the container may.
 //
-// It uses the standard library only, and of net/http just the parser (no http.Client, no TLS), because it starts while
-// the grace period runs, and because it is copied into images of others.
+// It uses the standard library only, because it starts while the grace period runs, and because it is copied into images
+// of others. The hook's call takes of net/http just the parser: no http.Client.
+//
+// # Telling the application
+//
+// The same program runs a command in the application's container for each event of the agent's /v1/events, as the agent's
+// own notify.commands does in the agent's: with USHER_EVENT, USHER_STATE and USHER_CAUSE in its environment, and the event
+// as JSON at its standard input.
+//
+//	usher-prestop follow --events online,offline -- /app/bin/tell &
+//
+// It is a background process of the application's entrypoint, or a container of its own. The latter needs the hook, too:
+// else SIGTERM ends it as soon as the Pod is deleted, before there is anything to tell. The first run is for how the
+// instance stands, which after a restart of either side may be what was told already. Commands run in order and one at a
+// time; one that fails, or is killed after its timeout, is reported in one line and not run again. SIGTERM or SIGINT ends
+// it, with code 0, once a command under way has finished.
 //
 // # Flags
 //
@@ -29,9 +43,9 @@
 //
 // # Exit codes
 //
-//	0  drained, or nothing to wait for; also: agent unreachable, with --fail-open
+//	0  drained, or nothing to wait for; agent unreachable, with --fail-open; follow ended by a signal
 //	1  the agent's answer makes no sense
-//	2  bad flag, variable or token file
+//	2  bad flag, variable, token file or command
 //	3  timed out with requests in flight
 //	4  unmeasured: a source failed, so the agent waited a fixed time
 //	5  refused by the agent
@@ -94,6 +108,8 @@ const usage = `usher-prestop asks the Usher agent to take this instance offline,
 
 Usage: usher-prestop [flags]
        usher-prestop install FOLDER    copies the program to FOLDER/usher-prestop, for the containers that mount that volume
+       usher-prestop follow -- COMMAND [ARGUMENT]...
+                                       runs the command for each event (online, offline, draining, ...); see follow --help
 
   --agent URL         unix:///path/to/agent.sock or http://host:port (default http://127.0.0.1:7401; env USHER_AGENT)
   --token TOKEN       hook token; every process of the pod can read it here, so rather use one of:
@@ -134,6 +150,9 @@ type config struct {
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "install" {
 		return runInstall(args[1:], stdout, stderr)
+	}
+	if len(args) > 0 && args[0] == "follow" {
+		return runFollow(args[1:], getenv, stdout, stderr)
 	}
 	var cfg config
 	fs := flag.NewFlagSet("usher-prestop", flag.ContinueOnError)
@@ -181,12 +200,9 @@ func (c *config) fill(fs *flag.FlagSet, agent, token, tokenFile, output string, 
 	set := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { set[f.Name] = true })
 	if fs.NArg() > 0 {
-		return fmt.Errorf("argument %q: want flags only, or first of all install and a folder", fs.Arg(0))
+		return fmt.Errorf("argument %q: want flags only, or first of all install or follow", fs.Arg(0))
 	}
-	source := "--agent"
-	if v := getenv("USHER_AGENT"); v != "" && !set["agent"] {
-		source, agent = "USHER_AGENT", v
-	}
+	agent, source := chosenAgent(agent, set["agent"], getenv)
 	if err := c.setAgent(agent); err != nil {
 		return fmt.Errorf("%s is %q: %w", source, agent, err)
 	}
@@ -223,6 +239,14 @@ func (c *config) fill(fs *flag.FlagSet, agent, token, tokenFile, output string, 
 	}
 	c.json = output == "json"
 	return nil
+}
+
+// chosenAgent is the agent's address, and what it is from: the flag, if that is set, or the variable.
+func chosenAgent(flagged string, set bool, getenv func(string) string) (agent, source string) {
+	if v := getenv("USHER_AGENT"); v != "" && !set {
+		return v, "USHER_AGENT"
+	}
+	return flagged, "--agent"
 }
 
 func (c *config) setAgent(agent string) error {
