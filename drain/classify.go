@@ -180,8 +180,8 @@ func (c *connection) acksBefore(s *socket) uint32 {
 	}
 }
 
-// update takes in what a sample found, cl being its class. It returns how long an answer is seen to take: one that has been
-// given since the last sample, or is owed yet; 0 when there is none or its length can't be known.
+// update takes in what a sample found, cl being its class. It returns how long answers are to be expected to take, by one
+// that has been given since the last sample, or is owed yet; 0 when there is none or its length can't be known.
 func (c *connection) update(s *socket, cl class, now time.Time) (took time.Duration) {
 	known := !c.firstSeen.IsZero()
 	if !known {
@@ -203,16 +203,16 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 		switch {
 		case cl == owed && quiet && !tie:
 			// It takes this long already, and is certain.
-			took = s.receivedAge
+			took = longer(s.receivedAge)
 		case !known || !answered || c.pause > 0:
 		case asked && c.quiet && (c.class == owed || c.class == unsure && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
 			// An exchange since hides when it was answered. It was seen at a random moment, so half of it was over. The
 			// unsure ones count where they exchange segment for segment: a small answer that is not followed by a delayed
 			// acknowledgement was hardly the last thing that happened. Without them, an app whose clients all ask again at
 			// once would teach nothing.
-			took = min(2*c.receivedAge, c.receivedAge+elapsed)
+			took = longer(min(2*c.receivedAge, c.receivedAge+elapsed))
 		case cl == idle && !tie:
-			took = s.receivedAge - s.sentAge
+			took = longer(s.receivedAge - s.sentAge)
 		}
 		if cl != unsure && quiet && s.received > 0 && (cl == idle || !tie) {
 			c.learnPairs(s, cl)
@@ -227,6 +227,10 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 	c.sentAge, c.receivedAge = s.sentAge, s.receivedAge
 	return took
 }
+
+// longer is what to expect after an answer that took d: an eighth more, since the longest is hardly among those that were
+// looked at, and a busy machine makes it longer yet.
+func longer(d time.Duration) time.Duration { return d + d/8 }
 
 // learnPairs compares the segment counts of a connection of which it is certain whether it owes an answer.
 func (c *connection) learnPairs(s *socket, cl class) {

@@ -95,18 +95,18 @@ func TestConnectionUpdate(t *testing.T) {
 	}{
 		{"an answer given between two looks is as long as the stamps say", []step{
 			{at: 0, segsIn: 1, segsOut: 1, receivedAge: 200 * ms, sentAge: 100 * ms, class: idle},
-			{at: 2000 * ms, segsIn: 2, segsOut: 2, receivedAge: 900 * ms, sentAge: 100 * ms, class: idle, took: 800 * ms, paired: true},
+			{at: 2000 * ms, segsIn: 2, segsOut: 2, receivedAge: 900 * ms, sentAge: 100 * ms, class: idle, took: longer(800 * ms), paired: true},
 			{at: 4000 * ms, segsIn: 2, segsOut: 2, receivedAge: 2900 * ms, sentAge: 2100 * ms, class: idle, paired: true},
 		}},
 		{"an answer that is owed is at least as long as it is owed", []step{
-			{at: 0, segsIn: 1, segsOut: 0, receivedAge: 700 * ms, sentAge: 900 * ms, class: owed, took: 700 * ms},
-			{at: 2000 * ms, segsIn: 1, segsOut: 0, receivedAge: 2700 * ms, sentAge: 2900 * ms, class: owed, took: 2700 * ms},
-			{at: 4000 * ms, segsIn: 1, segsOut: 1, receivedAge: 4700 * ms, sentAge: 200 * ms, class: idle, took: 4500 * ms},
+			{at: 0, segsIn: 1, segsOut: 0, receivedAge: 700 * ms, sentAge: 900 * ms, class: owed, took: longer(700 * ms)},
+			{at: 2000 * ms, segsIn: 1, segsOut: 0, receivedAge: 2700 * ms, sentAge: 2900 * ms, class: owed, took: longer(2700 * ms)},
+			{at: 4000 * ms, segsIn: 1, segsOut: 1, receivedAge: 4700 * ms, sentAge: 200 * ms, class: idle, took: longer(4500 * ms)},
 		}},
 		{"a closed loop whose every answer ties teaches by segment for segment", []step{
 			{at: 0, segsIn: 5, segsOut: 4, receivedAge: 700 * ms, sentAge: 700 * ms, class: unsure},
-			{at: 2000 * ms, segsIn: 6, segsOut: 5, receivedAge: 300 * ms, sentAge: 300 * ms, class: unsure, took: 1400 * ms},
-			{at: 2100 * ms, segsIn: 7, segsOut: 6, receivedAge: 50 * ms, sentAge: 50 * ms, class: unsure, took: 400 * ms},
+			{at: 2000 * ms, segsIn: 6, segsOut: 5, receivedAge: 300 * ms, sentAge: 300 * ms, class: unsure, took: longer(1400 * ms)},
+			{at: 2100 * ms, segsIn: 7, segsOut: 6, receivedAge: 50 * ms, sentAge: 50 * ms, class: unsure, took: longer(400 * ms)},
 		}},
 		{"large answers that tie teach nothing: the silence may have been the client's", []step{
 			{at: 0, segsIn: 5, segsOut: 40, receivedAge: 700 * ms, sentAge: 700 * ms, class: unsure},
@@ -116,12 +116,12 @@ func TestConnectionUpdate(t *testing.T) {
 			{at: 0, segsIn: 1, segsOut: 1, receivedAge: 1000 * ms, sentAge: 900 * ms, class: idle},
 			{at: 2000 * ms, segsIn: 1, segsOut: 2, receivedAge: 3000 * ms, sentAge: 400 * ms, class: idle, pause: 2500 * ms},
 			{at: 4000 * ms, segsIn: 1, segsOut: 3, receivedAge: 5000 * ms, sentAge: 1400 * ms, class: idle, pause: 2500 * ms},
-			{at: 6000 * ms, segsIn: 2, segsOut: 5, receivedAge: 1000 * ms, sentAge: 500 * ms, class: idle, took: 500 * ms},
+			{at: 6000 * ms, segsIn: 2, segsOut: 5, receivedAge: 1000 * ms, sentAge: 500 * ms, class: idle, took: longer(500 * ms)},
 		}},
 		{"segment for segment holds until an answer breaks it", []step{
 			{at: 0, segsIn: 3, segsOut: 5, receivedAge: 200 * ms, sentAge: 100 * ms, class: idle},
-			{at: 2000 * ms, segsIn: 5, segsOut: 6, receivedAge: 100 * ms, sentAge: 200 * ms, class: owed, took: 100 * ms, paired: true},
-			{at: 2100 * ms, segsIn: 5, segsOut: 9, receivedAge: 200 * ms, sentAge: 50 * ms, class: idle, took: 150 * ms},
+			{at: 2000 * ms, segsIn: 5, segsOut: 6, receivedAge: 100 * ms, sentAge: 200 * ms, class: owed, took: longer(100 * ms), paired: true},
+			{at: 2100 * ms, segsIn: 5, segsOut: 9, receivedAge: 200 * ms, sentAge: 50 * ms, class: idle, took: longer(150 * ms)},
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

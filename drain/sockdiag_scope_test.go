@@ -190,7 +190,8 @@ func TestSockdiagIsPatientUntilItHasLearnt(t *testing.T) {
 	see("just started, one request", &connection{}, first, 0, 3*time.Second)
 	see("watched for as long as an answer may take", &connection{}, reused, time.Minute, 3*time.Second)
 	s.answers = enoughAnswers
-	see("enough answers", &connection{}, reused, 0, 3*time.Second)
+	see("enough answers in too short a time", &connection{}, reused, enoughTime-1, time.Minute)
+	see("enough answers", &connection{}, reused, enoughTime, 3*time.Second)
 	see("signs of a request that waits", late, reused, time.Hour, time.Minute)
 }
 
@@ -198,7 +199,8 @@ func TestSockdiagIsPatientUntilItHasLearnt(t *testing.T) {
 func TestSockdiagLateAcknowledgementIsASignOfARequest(t *testing.T) {
 	a := newApp(t, "127.0.0.1:0", false)
 	s := newSockdiag(t, SockdiagConfig{Ports: []Port{{Number: a.port}}, MinPatience: 10 * time.Millisecond})
-	s.answers = enoughAnswers
+	take(t, s)
+	s.answers, s.began = enoughAnswers, time.Now().Add(-enoughTime)
 	const conns = 40
 	var clients sync.WaitGroup
 	for range conns {
