@@ -23,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"usher.dev/usher/client"
+	"usher.dev/usher/integration/stack"
 )
 
 // probePeriod is how often the kubelet asks in these tests: the shortest period that it has.
@@ -322,6 +323,57 @@ func TestApplicationThatRefusesTrafficIsOutAtOnceAndBack(t *testing.T) {
 	p.waitInSlice(true)
 	p.waitRegistered()
 	t.Logf("back after %v", time.Since(accepted))
+}
+
+// The manifest as it stands in deploy/example: all probes of the application's container ask the agent.
+func TestHealthExample(t *testing.T) {
+	t.Parallel()
+	sp := bareSpace(t, nil)
+	manifest, err := stack.Example(sp.ctx, "health.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sp.s.Apply(sp.ctx, sp.name, sp.own(manifest)); err != nil {
+		t.Fatal(err)
+	}
+	sp.kubectl("rollout", "status", "deployment/shop", "--timeout=60s")
+	pods, err := sp.s.Client.CoreV1().Pods(sp.name).List(sp.ctx, metav1.ListOptions{LabelSelector: "app=shop"})
+	if err != nil || len(pods.Items) != 2 {
+		t.Fatalf("%d pods, %v", len(pods.Items), err)
+	}
+	p := &pod{space: sp, name: pods.Items[0].Name, uid: string(pods.Items[0].UID), ip: pods.Items[0].Status.PodIP}
+	p.waitRegistered()
+	p.says("/health/dependencies", 200, `"status": "UP"`, `"status": "DEGRADED"`, "readiness probe")
+	p.says("/health/startup", 200, `"status": "UP"`)
+	for _, path := range []string{"/health", "/health/liveness", "/health/readiness", "/health/readiness?verbose"} {
+		code, body := p.health(path)
+		t.Logf("GET %s: %d\n%s", path, code, body)
+	}
+	p.logged(appName, `"told"`, `"online"`)
+
+	// The quorum is two.
+	if err := p.process("worker-1").Kill(); err != nil {
+		t.Fatal(err)
+	}
+	p.says("/health/readiness/workers", 200, `"status": "DEGRADED"`)
+	p.says("/health/readiness/workers", 200, `{
+  "status": "UP"`)
+	p.stayedRegistered()
+
+	// The application's own endpoint says that it is broken: the agent finds out, and the kubelet restarts the container.
+	broken := time.Now()
+	p.set("/livez", false)
+	withdrawn := p.withdrawn(broken)
+	p.logged(agentName, "container restarted")
+	p.waitRegistered()
+	p.waitInSlice(true)
+	t.Logf("out of the registry after %v, back after %v", withdrawn.Sub(broken), time.Since(broken))
+	if now, err := p.get(); err != nil || now.Status.ContainerStatuses[0].RestartCount != 1 {
+		t.Errorf("want one restart of the container: %v", err)
+	}
+	deleted := p.delete(0)
+	p.withdrawn(deleted)
+	p.gone()
 }
 
 func TestBadHealthSettingsAreNamed(t *testing.T) {
