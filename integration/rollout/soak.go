@@ -53,8 +53,8 @@ type Endurance struct {
 
 func (e Endurance) String() string {
 	median, worst := spread(e.Stops)
-	return fmt.Sprintf("%d rollouts in %s, %d requests, %s failed; SIGTERM came %s after the last answer of %d pods, at worst %s; the agent that stayed: %s, then %s",
-		e.Rollouts, e.Took.Round(time.Second), e.Load.Sent, how(e.Load.Failed, e.Load.Classes), seconds(median), len(e.Stops), seconds(worst), e.Before, e.After)
+	return fmt.Sprintf("%s in %s, %d requests, %s failed; SIGTERM came %s after the last answer of %d pods, at worst %s; the agent that stayed: %s, then %s",
+		plural(e.Rollouts, "rollout"), e.Took.Round(time.Second), e.Load.Sent, how(e.Load.Failed, e.Load.Classes), seconds(median), len(e.Stops), seconds(worst), e.Before, e.After)
 }
 
 // Missed says what is not as it has to be; nothing for a good run.
