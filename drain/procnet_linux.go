@@ -88,7 +88,7 @@ func (p *ProcNet) SetAddresses(addrs []netip.Addr) error {
 	return nil
 }
 
-// Pause is how long to leave the kernel alone after the last sample, for samples to take at most 4 % of a core.
+// Pause is how long to leave the kernel alone after the last sample, for samples to take at most 3.3 % of a core.
 func (p *ProcNet) Pause() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -26,15 +26,17 @@ const (
 // A sample costs what the kernel needs to walk all the node's connections and to describe the application's, so sampling
 // is spaced by what it costs.
 const (
-	// drainShare: a drain spends at most one part in so many of a core on samples: 4 %, which leaves 1 % for the rest.
-	drainShare = 25
+	// drainShare: a drain spends at most one part in so many of a core on samples: 3.3 %, which leaves some for the rest.
+	drainShare = 30
 	// learnShare: and Run one in so many (0.1 %), or, while there is traffic, in busyShare (0.5 %), unless maxLearnInterval
 	// is shorter.
 	learnShare       = 1000
 	busyShare        = 200
 	maxLearnInterval = 30 * time.Second
-	// While there is traffic, Run samples so many times as often: what it knows of an exchange is as exact as that.
+	// While there is traffic, or was that lately, Run samples so many times as often: what it knows of an exchange is as
+	// exact as that.
 	busyFactor = 8
+	busyTime   = 5 * time.Second
 )
 
 // probeAge is how old a connection may be to be taken for a probe of the kubelet, which opens one for each probe and
@@ -107,7 +109,7 @@ type Sockdiag struct {
 	longest   time.Duration
 	began     time.Time     // the first sample; zero before
 	answers   int           // seen to be given
-	moved     bool          // the last sample found something new on a connection
+	moved     time.Time     // when a sample last found something new on a connection
 	cost      time.Duration // CPU time of the last sample
 }
 
@@ -281,13 +283,13 @@ func (s *Sockdiag) learnInterval() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	every, share := s.cfg.LearnInterval, time.Duration(learnShare)
-	if s.moved {
+	if time.Since(s.moved) < busyTime {
 		every, share = every/busyFactor, busyShare
 	}
 	return max(every, min(s.cost*(share-1), maxLearnInterval), time.Millisecond)
 }
 
-// Pause is how long to leave the kernel alone after the last sample, for samples to take at most 4 % of a core.
+// Pause is how long to leave the kernel alone after the last sample, for samples to take at most 3.3 % of a core.
 func (s *Sockdiag) Pause() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -313,7 +315,6 @@ func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 		s.began = now
 	}
 	longest := s.longest
-	s.moved = false
 	seen := 0
 	err := s.request.dump(ctx, s.buf, DefaultSampleTimeout, func(sock *socket) {
 		seen++
@@ -368,7 +369,9 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 	if known != nil && sock.info && c.received < sock.received && sock.state == stateEstablished {
 		s.activity++
 	}
-	s.moved = s.moved || c.moved(sock)
+	if c.moved(sock) {
+		s.moved = now
+	}
 	cl := classify(sock, known)
 	if answered := sock.info && c.segsOut != sock.segsOut; answered && (cl == idle || known != nil && c.segsIn != sock.segsIn) {
 		s.answers++

