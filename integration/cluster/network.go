@@ -111,12 +111,19 @@ func writeSysctl(name, value string) error {
 	return nil
 }
 
+// routeOrigin marks the cluster's own route, so that it is found again after a crash: a routing protocol's number that nobody
+// has been given (/etc/iproute2/rt_protos).
+const routeOrigin = "221"
+
 // setUpNetwork makes the interface with the node's address and lets packets pass between pods.
 func (c *Cluster) setUpNetwork(ctx context.Context) error {
 	for _, args := range [][]string{
 		{"link", "add", link, "type", "bridge"},
 		{"addr", "add", c.state.network().nodeIP + "/32", "dev", link},
 		{"link", "set", link, "up"},
+		// Each pod has a route of its own. Without this one, what is sent to a pod that is gone would follow the default route
+		// out of this machine, and be answered by whoever is there.
+		{"route", "add", "unreachable", c.state.network().podCIDR, "proto", routeOrigin},
 	} {
 		if output, err := run(ctx, nil, "ip", args...); err != nil {
 			return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(output))
@@ -161,6 +168,9 @@ func removeNetwork(ctx context.Context) error {
 		if output, err := run(ctx, nil, "nft", "delete", "table", family, name); err != nil {
 			errs = append(errs, fmt.Errorf("deleting the nftables table %s: %w: %s", table, err, strings.TrimSpace(output)))
 		}
+	}
+	if output, err := run(ctx, nil, "ip", "route", "flush", "proto", routeOrigin, "type", "unreachable"); err != nil {
+		errs = append(errs, fmt.Errorf("deleting the routes of dead pods: %w: %s", err, strings.TrimSpace(output)))
 	}
 	if _, err := net.InterfaceByName(link); err == nil {
 		if output, err := run(ctx, nil, "ip", "link", "del", link); err != nil {

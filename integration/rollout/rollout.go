@@ -79,11 +79,6 @@ func (c Config) tell(s *site, t Turn) {
 func Bench(ctx context.Context, cfg Config) (_ Report, err error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	undo, err := fence(ctx, cfg.Stack.NodeIP())
-	if err != nil {
-		return Report{}, err
-	}
-	defer func() { err = errors.Join(err, undo()) }()
 	sites := make([]*site, len(cfg.Ways))
 	defer func() { err = errors.Join(err, removeAll(context.WithoutCancel(ctx), sites)) }()
 	for i, way := range cfg.Ways {

@@ -76,11 +76,6 @@ func (e Endurance) Missed() []string {
 func Soak(ctx context.Context, cfg Config) (_ Endurance, err error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	undo, err := fence(ctx, cfg.Stack.NodeIP())
-	if err != nil {
-		return Endurance{}, err
-	}
-	defer func() { err = errors.Join(err, undo()) }()
 	s, err := deploy(ctx, cfg.Stack, usher())
 	defer func() { err = errors.Join(err, removeAll(context.WithoutCancel(ctx), []*site{s})) }()
 	if err == nil {
