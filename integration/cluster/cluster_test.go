@@ -422,6 +422,9 @@ func traces(t *testing.T, dir string) []string {
 			add("interface", name)
 		}
 	}
+	for line := range strings.Lines(command(t, program("ip"), "route", "show", "type", "unreachable")) {
+		add("route", line)
+	}
 	for line := range strings.Lines(command(t, program("nft"), "list", "tables")) {
 		add("nftables", line)
 	}

@@ -219,7 +219,7 @@ func (sp *space) bare(name string, edits ...func(parts)) *corev1.Pod {
 	_, dep := sp.example("shop.yaml")
 	spec := dep.Spec.Template.Spec
 	p := parts{&spec, &spec.InitContainers[0], &spec.Containers[0]}
-	p.app.ReadinessProbe.FailureThreshold = 1
+	p.app.ReadinessProbe.FailureThreshold, p.app.ReadinessProbe.TimeoutSeconds = 1, 5
 	for _, edit := range edits {
 		edit(p)
 	}
