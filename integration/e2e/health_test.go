@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -383,6 +385,47 @@ func TestBadHealthSettingsAreNamed(t *testing.T) {
 	p.logged(agentName, "health.components.database.readinessProbe.periodSeconds", "-1")
 	if err := p.registered(); err == nil {
 		t.Error("it is registered")
+	}
+}
+
+// docs/health.md shows settings that the agent takes, and what it answers to those that it doesn't. It never starts here: there is
+// nothing that tells it its Pod.
+func TestHealthDocument(t *testing.T) {
+	root, err := stack.Root(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(root, "docs", "health.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := func(args ...string) string {
+		cmd := exec.CommandContext(t.Context(), shared.Programs.Agent, append(args, "--service=shop")...)
+		cmd.Env = []string{}
+		out, err := cmd.CombinedOutput()
+		if err == nil {
+			t.Errorf("usher-agent %v: started", args)
+		}
+		return string(out)
+	}
+	blocks := regexp.MustCompile("(?ms)^```yaml\n((?:health|notify):.*?)^```").FindAllStringSubmatch(string(raw), -1)
+	rows := regexp.MustCompile("(?m)^\\| `([a-zA-Z]+: .+)` \\| `(.+)` \\|$").FindAllStringSubmatch(string(raw), -1)
+	if len(blocks) < 4 || len(rows) < 10 {
+		t.Fatalf("found %d blocks of settings and %d that are refused", len(blocks), len(rows))
+	}
+	for _, b := range blocks {
+		file := filepath.Join(t.TempDir(), "agent.yaml")
+		if err := os.WriteFile(file, []byte(b[1]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out := agent("--config=" + file); !strings.Contains(out, "--pod-name: empty") || strings.Contains(out, "health") || strings.Contains(out, "notify") {
+			t.Errorf("the agent refuses\n%s\n%s", b[1], out)
+		}
+	}
+	for _, row := range rows {
+		if out := agent("--health=" + row[1]); !strings.Contains(out, row[2]) {
+			t.Errorf("--health %q: want %q in\n%s", row[1], row[2], out)
+		}
 	}
 }
 
