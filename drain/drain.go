@@ -1,6 +1,6 @@
 // Package drain waits until an application that has been taken out of service owes nobody an answer, and no longer.
 //
-//	     Source.Sample (sockdiag, http)          one goroutine a source, every Interval
+//	     Source.Sample (sockdiag, http, ...)     one goroutine a source, every Interval
 //	               |
 //	start ---------+---- settle ----- notBefore ------------------------ ctx's deadline
 //	  |                                  |                                      |

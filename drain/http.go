@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -30,6 +31,8 @@ type HTTPConfig struct {
 	Field string
 	// Timeout of one request; default 1 s.
 	Timeout time.Duration
+	// Own is told of the connections, so that the sources which look at connections leave them out; nil: nobody is.
+	Own *Own
 }
 
 // HTTP asks the application itself, by HTTP, how many requests it has in flight: exact, where the application knows.
@@ -59,7 +62,7 @@ func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
 			}
 		}
 	}
-	h.client = newClient(cfg.Timeout)
+	h.client = newClient(cfg.Timeout, cfg.Own)
 	return h, nil
 }
 
@@ -75,12 +78,16 @@ func checkURL(s string) error {
 }
 
 // newClient is for asking the application beside.
-func newClient(timeout time.Duration) *http.Client {
+func newClient(timeout time.Duration, own *Own) *http.Client {
+	dial := (&net.Dialer{}).DialContext
+	if own != nil {
+		dial = own.Dial(dial)
+	}
 	return &http.Client{
 		Timeout: timeout,
 		// No proxy, since the application is on this host. No keep-alive: a connection that asks again and again would
 		// look to the sockdiag source like a client that has not let go. No compression, which only costs CPU here.
-		Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true, DisableCompression: true},
 		// What another place says is not this application's count.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}

@@ -40,6 +40,8 @@ type PrometheusConfig struct {
 	Metric string
 	// Timeout of one scrape; default 1 s.
 	Timeout time.Duration
+	// Own is told of the connections, so that the sources which look at connections leave them out; nil: nobody is.
+	Own *Own
 }
 
 // Prometheus sums a gauge of requests in flight that the application shows to Prometheus.
@@ -74,7 +76,7 @@ func NewPrometheus(cfg PrometheusConfig) (*Prometheus, error) {
 	if err != nil {
 		return nil, fmt.Errorf("prometheus source: Metric is %q: %w", cfg.Metric, err)
 	}
-	return &Prometheus{cfg: cfg, sel: sel, client: newClient(cfg.Timeout)}, nil
+	return &Prometheus{cfg: cfg, sel: sel, client: newClient(cfg.Timeout, cfg.Own)}, nil
 }
 
 // Name is "prometheus".

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -52,8 +53,10 @@ type agent struct {
 	registrar *registry.Registrar
 	machine   *lifecycle.Machine
 	sockdiag  *drain.Sockdiag // nil when it isn't a source, or the kernel refuses it
+	sockets   connections     // sockdiag or its fallback; nil when neither is a source
 	progress  atomic.Pointer[drain.Progress]
 	hook      hook
+	prober    prober
 	readiness *readiness
 	health    *health.Health
 	own       drain.Own // the probes' connections
@@ -186,23 +189,19 @@ func (a *agent) newDrainer() (lifecycle.Drainer, error) {
 	for _, name := range a.cfg.Sources {
 		switch name {
 		case sourceSockdiag:
-			s, err := drain.NewSockdiag(drain.SockdiagConfig{MinPatience: a.cfg.Budget.Settle, Own: &a.own, Logger: a.log.Named("sockdiag")})
+			s, err := a.newSockdiag()
 			if err != nil {
-				// Better a drain that waits out the floor and says why than a pod that doesn't start.
-				a.log.Error("source sockdiag can't be used here, drains will wait for the floor", zap.Duration("floor", a.cfg.Floor), zap.Error(err))
-				sources = append(sources, unusable{sourceSockdiag, err})
-				continue
+				return nil, err
 			}
-			a.sockdiag = s
 			sources = append(sources, s)
 		case sourceHTTP:
-			s, err := drain.NewHTTP(drain.HTTPConfig{URL: a.cfg.InFlightURL, Field: a.cfg.InFlightField})
+			s, err := drain.NewHTTP(drain.HTTPConfig{URL: a.cfg.InFlightURL, Field: a.cfg.InFlightField, Own: &a.own})
 			if err != nil {
 				return nil, err
 			}
 			sources = append(sources, s)
 		case sourcePrometheus:
-			s, err := drain.NewPrometheus(drain.PrometheusConfig{URL: a.cfg.InFlightMetricsURL, Metric: a.cfg.InFlightMetric})
+			s, err := drain.NewPrometheus(drain.PrometheusConfig{URL: a.cfg.InFlightMetricsURL, Metric: a.cfg.InFlightMetric, Own: &a.own})
 			if err != nil {
 				return nil, err
 			}
@@ -226,14 +225,30 @@ func (a *agent) newDrainer() (lifecycle.Drainer, error) {
 	return drainer{d}, nil
 }
 
-// unusable is a source that never knows.
-type unusable struct {
-	name string
-	err  error
+// connections is a source that looks at the application's sockets.
+type connections interface {
+	drain.Source
+	SetPorts([]drain.Port) error
+	SetAddresses([]netip.Addr) error
 }
 
-func (u unusable) Name() string                                 { return u.name }
-func (u unusable) Sample(context.Context) (drain.Sample, error) { return drain.Sample{}, u.err }
+// newSockdiag falls back to counting connections where the kernel refuses more: better a drain that is too long and says why
+// than a pod that doesn't start.
+func (a *agent) newSockdiag() (drain.Source, error) {
+	log := a.log.Named("sockdiag")
+	s, err := drain.NewSockdiag(drain.SockdiagConfig{MinPatience: a.cfg.Budget.Settle, Own: &a.own, Logger: log})
+	if err == nil {
+		a.sockdiag, a.sockets = s, s
+		return s, nil
+	}
+	p, perr := drain.NewProcNet(drain.ProcNetConfig{Own: &a.own})
+	if perr != nil {
+		return nil, fmt.Errorf("source %s: %w; and its fallback: %w", sourceSockdiag, err, perr)
+	}
+	log.Error("source sockdiag can't be used here: every open connection counts until its client closes it", zap.Error(err))
+	a.sockets = p
+	return p, nil
+}
 
 // guard is what lifecycle wants of the registry, for a number of others.
 type guard struct {
@@ -391,14 +406,28 @@ func (a *agent) observed(o lifecycle.Observation) {
 		a.missesHook(o.Pod)
 		a.restarted(o.Pod)
 	}
-	if a.sockdiag != nil {
-		if ports := a.ports(o); len(ports) > 0 {
-			if err := a.sockdiag.SetPorts(ports); err != nil {
-				a.log.Error("ports", zap.Error(err))
-			}
+	if a.sockets != nil {
+		if err := a.scope(o); err != nil {
+			a.log.Error("what is to be looked at of the sockets", zap.Error(err))
 		}
 	}
 	a.machine.Observe(o)
+}
+
+// scope tells the source that looks at sockets which are the application's.
+func (a *agent) scope(o lifecycle.Observation) error {
+	var errs []error
+	if ports := a.ports(o); len(ports) > 0 {
+		errs = append(errs, a.sockets.SetPorts(ports))
+	}
+	if o.Pod.HostNetwork && a.alone == nil {
+		// The sockets of all the node are in sight there.
+		errs = append(errs, a.sockets.SetAddresses(o.Pod.IPs))
+	}
+	if a.sockdiag != nil && len(o.Pod.HostIPs) > 0 {
+		errs = append(errs, a.sockdiag.SetNodes(append(slices.Clone(o.Pod.HostIPs), a.prober.seen()...)))
+	}
+	return errors.Join(errs...)
 }
 
 // missesHook warns, once, of a pod in which nothing makes SIGTERM wait: its instance leaves the registry when the pod's

@@ -10,8 +10,10 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,6 +56,37 @@ type lastLine struct{ atomic.Int64 }
 func (l *lastLine) due() bool {
 	now, last := time.Now().UnixNano(), l.Load()
 	return (last == 0 || now-last > int64(linesEvery)) && l.CompareAndSwap(last, now)
+}
+
+// prober is who probes the agent as the kubelet does: at the address at which the pod sees its node, which with many network
+// plugins is not one of the node's own but the gateway's. There is one of each family at most.
+type prober struct {
+	v4, v6 atomic.Pointer[netip.Addr]
+}
+
+func (p *prober) saw(r *http.Request) {
+	if !strings.HasPrefix(r.UserAgent(), "kube-probe/") {
+		return
+	}
+	at, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return
+	}
+	addr := at.Addr().Unmap().WithZone("")
+	if addr.Is4() {
+		p.v4.CompareAndSwap(nil, &addr)
+	} else {
+		p.v6.CompareAndSwap(nil, &addr)
+	}
+}
+
+func (p *prober) seen() (out []netip.Addr) {
+	for _, a := range []*netip.Addr{p.v4.Load(), p.v6.Load()} {
+		if a != nil {
+			out = append(out, *a)
+		}
+	}
+	return out
 }
 
 // readiness is what /readyz says: whether the agent can do its work as it is set up. Once it could, nothing takes that
@@ -108,6 +141,7 @@ func (a *agent) listen() (err error) {
 	hookAPI, control := http.NewServeMux(), http.NewServeMux()
 	for _, mux := range []*http.ServeMux{hookAPI, control} {
 		mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) {
+			a.prober.saw(r)
 			health.Verbose(w, r, "livez", health.Check{Name: "ping"})
 		})
 		mux.HandleFunc("GET /readyz", a.readiness.handler)
