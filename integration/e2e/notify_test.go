@@ -282,6 +282,10 @@ func TestHeldInstanceIsOutOfTheRegistryAcrossARestartOfTheAgent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var refused *client.Error
+	if err := c.Hold(sp.ctx, client.Hold{Actor: "alice"}); !errors.As(err, &refused) || refused.Code != http.StatusBadRequest || !strings.Contains(refused.Message, "reason") {
+		t.Errorf("a hold without a reason: %v, want 400 and what is missing", err)
+	}
 	held := time.Now()
 	if err := c.Hold(sp.ctx, client.Hold{Reason: "heap dump", Actor: "alice"}); err != nil {
 		t.Fatal(err)
