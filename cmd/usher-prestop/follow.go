@@ -29,8 +29,8 @@ const (
 	complainEvery = time.Minute
 )
 
-const followUsage = `usher-prestop follow runs a command in this container for each event of this instance, in order, one at a time:
-first for how the instance stands, then for each change. It goes on until SIGTERM or SIGINT.
+const followUsage = `usher-prestop follow runs a command in this container for each event of this instance, in order, one at a
+time: first for how the instance stands, then for each change. It goes on until SIGTERM or SIGINT.
 
 Usage: usher-prestop follow [flags] -- COMMAND [ARGUMENT]...
 
@@ -44,8 +44,8 @@ Usage: usher-prestop follow [flags] -- COMMAND [ARGUMENT]...
                       released  the shutdown is over: SIGTERM may come
   --timeout DURATION  kill the command, and all that it has started, after this long (default 5s)
 
-The command has USHER_EVENT, USHER_STATE and USHER_CAUSE in its environment and the event as JSON at its standard input. No
-shell is involved. What it prints goes where usher-prestop's own output goes. One that fails is reported on standard
+The command has USHER_EVENT, USHER_STATE and USHER_CAUSE in its environment and the event as JSON at its standard input.
+No shell is involved. What it prints goes where usher-prestop's own output goes. One that fails is reported on standard
 error, and not run again. After the agent was restarted it is run for a state that it may have been told of already.
 
 On SIGTERM or SIGINT a command under way has until --timeout to finish; then the exit code is 0. So where this is a
@@ -163,7 +163,8 @@ func (f *follower) tell(ctx context.Context, e api.Event) error {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, f.path)
 	cmd.Args = f.argv
-	cmd.Env = append(slices.Clip(f.env), "USHER_EVENT="+string(e.Type), "USHER_STATE="+e.State, "USHER_CAUSE="+strings.ReplaceAll(e.Cause, "\x00", ""))
+	cmd.Env = append(slices.Clip(f.env), "USHER_EVENT="+string(e.Type), "USHER_STATE="+e.State,
+		"USHER_CAUSE="+strings.ReplaceAll(e.Cause, "\x00", ""))
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(append(body, '\n')), f.stdout, f.stderr
 	// A group of its own, so that what it has started ends with it, and a terminal's Ctrl-C isn't for it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

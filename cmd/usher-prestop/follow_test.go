@@ -103,13 +103,11 @@ func (f *following) signal(s os.Signal) {
 // end is the exit code, and what was printed that nobody has read yet.
 func (f *following) end() result {
 	f.t.Helper()
-	deadline := time.AfterFunc(patience, func() { f.cmd.Process.Kill() })
-	defer deadline.Stop()
 	var r result
-	for line := range f.stdout {
+	for line := next(f.t, f.stdout); line != ""; line = next(f.t, f.stdout) {
 		r.stdout += line + "\n"
 	}
-	for line := range f.stderr {
+	for line := next(f.t, f.stderr); line != ""; line = next(f.t, f.stderr) {
 		r.stderr += line + "\n"
 	}
 	var exit *exec.ExitError
@@ -290,13 +288,14 @@ func over(pid int) bool {
 
 func TestFollowKillsACommandThatHangsWithAllItStarted(t *testing.T) {
 	h, agent := hub(t, "tcp")
-	f := follow(t, nil, `[ $USHER_EVENT = online ] || exec echo $USHER_EVENT; trap "" TERM; sleep 600 & echo $!; sleep 600`, "--agent", agent, "--timeout", "300ms")
+	f := follow(t, nil, `[ $USHER_EVENT = online ] || exec echo $USHER_EVENT; trap "" TERM; sleep 600 & echo $!; wait`, "--agent", agent, "--timeout", "300ms")
 	until(t, "it follows", func() bool { return h.Streams() == 1 })
 	publish(h, api.EventOnline, api.EventOffline)
 	child, err := strconv.Atoi(next(t, f.stdout))
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { syscall.Kill(child, syscall.SIGKILL) })
 	f.expect("offline")
 	if got, want := next(t, f.stderr), "usher-prestop: follow: event 1, online: /bin/sh: killed, still running after 300ms"; got != want {
 		t.Errorf("got %q, want %q", got, want)
@@ -308,21 +307,32 @@ func TestSignalEndsFollowingOnceTheCommandIsDone(t *testing.T) {
 	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		t.Run(s.String(), func(t *testing.T) {
 			t.Parallel()
-			h, agent := hub(t, "tcp")
+			left := make(chan struct{})
+			agent := serve(t, "tcp", func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", "text/event-stream")
+				// In one piece: the second has arrived by the signal, and isn't told any more.
+				io.WriteString(w, "id: a-1\ndata: {\"id\":1,\"type\":\"online\"}\n\nid: a-2\ndata: {\"id\":2,\"type\":\"offline\"}\n\n")
+				w.(http.Flusher).Flush()
+				<-r.Context().Done()
+				close(left)
+			})
 			gate := filepath.Join(t.TempDir(), "gate")
 			if err := syscall.Mkfifo(gate, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			f := follow(t, nil, `echo begin $USHER_EVENT; cat `+gate+`; echo end`, "--agent", agent, "--timeout", "1m")
-			publish(h, api.EventOnline)
+			f := follow(t, nil, `echo begin $USHER_EVENT; [ $USHER_EVENT = online ] && cat `+gate+`; echo end`, "--agent", agent, "--timeout", "1m")
 			f.expect("begin online")
-			publish(h, api.EventOffline, api.EventDraining) // received by then, and yet not told any more
 			f.signal(s)
+			<-left
 			f.signal(s) // a second one hurries nothing
-			until(t, "the end of the stream", func() bool { return h.Streams() == 0 })
-			if err := os.WriteFile(gate, []byte("go\n"), 0); err != nil {
-				t.Fatal(err)
-			}
+			until(t, "the command at the gate", func() bool {
+				g, err := os.OpenFile(gate, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+				if err == nil {
+					io.WriteString(g, "go\n")
+					g.Close()
+				}
+				return err == nil
+			})
 			if r, want := f.end(), (result{stdout: "go\nend\n"}); r != want {
 				t.Errorf("%+v, want %+v", r, want)
 			}
@@ -368,7 +378,7 @@ func TestFollowSaysOnceThatTheAgentIsAwayAndGoesOn(t *testing.T) {
 	asked := 0
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if asked++; asked < 4 { // one after the other
-			http.Error(w, "two\nlines", 503)
+			http.Error(w, "two\nlines", http.StatusServiceUnavailable)
 			return
 		}
 		h.ServeHTTP(w, r)
