@@ -196,15 +196,12 @@ func (ps packages) violations() []string {
 				continue
 			}
 			used = true
-			narrower := slices.ContainsFunc(rules, func(o rule) bool {
-				return o.only != nil && o.of != r.of && within(o.of, r.of) && within(p.ImportPath, o.of)
-			})
 			for _, i := range p.direct() {
 				only := r.only
 				if !slices.Contains(p.Imports, i) {
 					only = slices.Concat(only, r.tests)
 				}
-				if r.only != nil && !narrower && !ps.standard(i) && !slices.ContainsFunc(only, func(o string) bool { return within(i, o) }) {
+				if r.only != nil && !p.narrower(r) && !ps.standard(i) && !slices.ContainsFunc(only, func(o string) bool { return within(i, o) }) {
 					add("%s imports %s, but may import only the standard library and %q: %s", p.ImportPath, i, r.only, r.why)
 				}
 			}
