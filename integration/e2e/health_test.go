@@ -268,8 +268,9 @@ func TestBrokenLivenessRestartsTheContainerOnceAndTheInstanceReturns(t *testing.
 		p.app.LivenessProbe = agentProbe("/health/liveness")
 		p.app.LivenessProbe.FailureThreshold = 2
 	})
+	c := p.control()
 	broken := time.Now()
-	if err := p.control().SetLiveness(sp.ctx, false, "deadlock in the pool"); err != nil {
+	if err := c.SetLiveness(sp.ctx, false, "deadlock in the pool"); err != nil {
 		t.Fatal(err)
 	}
 	withdrawn := p.withdrawn(broken)
