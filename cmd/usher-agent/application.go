@@ -110,6 +110,11 @@ func (a *agent) tell(t lifecycle.Transition) {
 			e.Deadline = &st.Deadline
 		}
 	case t.State == lifecycle.Released:
+		if !st.Observation.Pod.Terminating && t.Verdict.Cause == lifecycle.CauseHook {
+			// The kubelet restarts the container, and asks the new one's liveness before anybody may have heard of it: BROKEN
+			// would be the end of that one too.
+			a.health.Restarted("the container is about to be restarted", time.Time{})
+		}
 		e.Type = api.EventReleased
 		v := verdict(*t.Verdict)
 		e.Verdict = &v
