@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -321,12 +322,33 @@ func setTree[T any](field func(*config) *T) func(*config, string) error {
 	return func(c *config, v string) error {
 		var t T
 		if err := yaml.UnmarshalStrict([]byte(v), &t); err != nil {
-			// What the decoder says is wrapped in what the library does.
-			return errors.New(strings.TrimPrefix(strings.TrimPrefix(err.Error(), "error unmarshaling JSON: "), "while decoding JSON: "))
+			return plainly(err)
 		}
 		*field(c) = t
 		return nil
 	}
+}
+
+// plainly says what is wrong with YAML without what the libraries say of their own work.
+func plainly(err error) error {
+	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) {
+		want := map[reflect.Kind]string{
+			reflect.Bool: "true or false", reflect.String: "a text", reflect.Slice: "a list", reflect.Map: "a map", reflect.Struct: "a map",
+		}[wrong.Type.Kind()]
+		if want == "" {
+			want = "a whole number"
+		}
+		where := wrong.Field
+		if where == "" {
+			where = "the whole"
+		}
+		return fmt.Errorf("%s is a %s: want %s; docs/health.md has the fields", where, wrong.Value, want)
+	}
+	text := err.Error()
+	for _, noise := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "json: ", "error converting YAML to JSON: ", "yaml: "} {
+		text = strings.TrimPrefix(text, noise)
+	}
+	return errors.New(text + "; docs/health.md has the fields")
 }
 
 // setCommand reads words, or a JSON list where a word has spaces in it.

@@ -24,6 +24,7 @@ import (
 	"usher.dev/usher/drain"
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/lifecycle/health"
 	"usher.dev/usher/registry"
 )
 
@@ -54,6 +55,9 @@ func newTestAgent(t *testing.T, log *zap.Logger) *agent {
 	a.registrar, err = registry.New(registry.Config{Cluster: "c", Namespace: "ns", Pod: "p", PodUID: "u",
 		Dial: func() (*clientv3.Client, error) { return nil, errors.New("not dialled") }})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if a.health, err = health.New(health.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -142,6 +146,40 @@ func TestFloodOfRefusedCallsIsOneLogLine(t *testing.T) {
 			t.Errorf("%d lines for %d refusals, want 1 for 1000", n, a.hook.refused.Load())
 		}
 	})
+}
+
+// The kubelet restarts the container of a BROKEN application, and nothing but its address tells that the hook is its call.
+func TestHookOfABrokenApplicationIsAcceptedFromTheNode(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		broken bool
+		node   string // as the caller's address is 192.0.2.1
+		want   int
+	}{
+		{"BROKEN, from the node", true, "192.0.2.1", http.StatusOK},
+		{"BROKEN, from elsewhere", true, "192.0.2.2", http.StatusForbidden},
+		{"well, from the node", false, "192.0.2.1", http.StatusForbidden},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newTestAgent(t, zap.NewNop())
+				a.seen(lifecycle.Pod{HostIPs: []netip.Addr{netip.MustParseAddr(tc.node)}})
+				if tc.broken {
+					control := http.NewServeMux()
+					a.health.Routes(nil, control)
+					w := httptest.NewRecorder()
+					control.ServeHTTP(w, httptest.NewRequest(http.MethodPut, "/v1/availability/liveness", strings.NewReader(`{"state":"BROKEN","cause":"deadlock"}`)))
+					if w.Code != http.StatusOK {
+						t.Fatalf("PUT liveness: %d %s", w.Code, w.Body)
+					}
+				}
+				synctest.Wait()
+				if w := call(a, false, http.MethodGet); w.Code != tc.want {
+					t.Errorf("%d %s, want %d", w.Code, w.Body, tc.want)
+				}
+			})
+		})
+	}
 }
 
 func TestHookTakesGetAndPostOnly(t *testing.T) {
