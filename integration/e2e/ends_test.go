@@ -1,12 +1,14 @@
 package e2e
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -117,6 +119,89 @@ func TestHookCallsJoinOneDrain(t *testing.T) {
 	if n := len(p.logs.find(p.name, agentName, `"released"`)); n != 1 {
 		t.Errorf("%d shutdowns for all calls, want 1", n)
 	}
+}
+
+// The application's reserve is a third of a short grace period; what is asked after the release gets the same verdict.
+func TestRequestLongerThanTheGraceIsGivenUpAReserveBeforeItsEnd(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	p := sp.online("shop", func(p parts) {
+		p.TerminationGracePeriodSeconds = new(int64(9))
+		p.app.Args = append(p.app.Args, "--on-term=drain")
+	})
+	slow := p.request(8 * time.Second)
+	deleted := p.delete(0)
+	released := p.logged(agentName, `"released"`)
+	if total := released.duration("total"); total < 4500*time.Millisecond || total > 7*time.Second {
+		t.Errorf("released after %v of 9 s, want 5 to 6 s", total)
+	}
+	if released.fields()["outcome"] != "timed-out" || released.fields()["inFlight"] != 1.0 {
+		t.Errorf("%s", released.text)
+	}
+	// The application still answers its last request, so its pod and the agent are there.
+	code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", "")
+	var v api.Verdict
+	if err == nil {
+		err = json.Unmarshal([]byte(body), &v)
+	}
+	if err != nil || code != http.StatusOK || v.Outcome != api.TimedOut || v.InFlight != 1 {
+		t.Errorf("a call after the release: %d %s %v, want the same verdict", code, body, err)
+	}
+	answered := p.answered(slow) // by the application's own patience
+	t.Logf("released after %v, answered after %v", released.at.Sub(deleted), answered.Sub(deleted))
+	p.gone()
+}
+
+// The kubelet restarts nothing in a pod that ends. Where something else does (a supervisor in the container), the agent that
+// comes back goes on from the deletion: here it runs on the node, and starts when the pod is half gone.
+func TestAgentThatComesBackInMidDrainGoesOnFromTheDeletion(t *testing.T) {
+	t.Parallel()
+	sp := newSpace(t, nil)
+	const grace, late = 20 * time.Second, 6 * time.Second
+	p := sp.start("shop", func(p parts) {
+		p.TerminationGracePeriodSeconds = new(int64(grace / time.Second))
+		p.InitContainers = nil
+		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 18}} // for the agent that is gone
+	})
+	p.eventually(soon, "the pod is ready", p.ready)
+	p.request(time.Minute)
+	deleted := p.delete(0)
+	time.Sleep(late)
+	ctx, cancel := context.WithTimeout(sp.ctx, soon)
+	defer cancel()
+	agent := exec.CommandContext(ctx, sp.s.Programs.Agent, "--kubeconfig="+sp.s.Kubeconfig(), "--service=shop,target="+sp.name+"/http,port=http",
+		"--pod-namespace="+sp.name, "--pod-name="+p.name, "--pod-uid="+p.uid, "--etcd-endpoints="+sp.s.RegistryEndpoint(),
+		"--hook-address=127.0.0.1:0", "--control-address=127.0.0.1:0", "--in-flight-source=http", "--in-flight-url=http://"+p.ip+":8080/inflight")
+	stderr, err := agent.StderrPipe()
+	if err == nil {
+		err = agent.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		agent.Process.Kill()
+		agent.Wait() // ended by us
+	}()
+	var said []string
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		said = append(said, lines.Text())
+		l := line{at: time.Now(), text: lines.Text()}
+		if !strings.Contains(l.text, `"msg":"released"`) {
+			continue
+		}
+		// Of 20 s the application keeps 5; Kubernetes' clock has whole seconds, so it may be one less.
+		total, after := l.duration("total"), l.at.Sub(deleted)
+		t.Logf("released %v after the deletion, which it says is %v: %s", after, total, l.text)
+		if after > 16*time.Second || total < 13*time.Second || total > 17*time.Second {
+			t.Errorf("released %v after the deletion, and says %v: it began anew", after, total)
+		}
+		if l.fields()["outcome"] != "timed-out" {
+			t.Errorf("%s", l.text)
+		}
+		return
+	}
+	t.Errorf("the agent ended without a release: %s", strings.Join(said, "\n"))
 }
 
 func TestDeadApplicationIsNotWaitedFor(t *testing.T) {
