@@ -12,12 +12,12 @@
 //
 // The rules are those of Kubernetes 1.36; docstrings name the file below pkg/ in which each was read
 // (https://github.com/kubernetes/kubernetes/tree/v1.36.3/pkg): kubelet/prober, probe/http, probe/tcp, probe/grpc,
-// probe/exec, apis/core. One goroutine schedules all probes of an application and writes the state; each run of a probe
-// has a goroutine for as long as it lasts.
+// probe/exec, apis/core. One goroutine schedules all probes of an application and writes the state; each probe
+// has one that carries out its runs.
 //
 // # Where it departs from the kubelet
 //
-// The first run is put off by a random part of a second, not of a whole period: see [Prober.Run].
+// The first run is put off by a part of a second, one of four at random, not of a whole period: see [Prober.Run].
 //
 // After a liveness or startup probe has failed failureThreshold times, the kubelet stops probing until there is a new
 // container (worker.go: onHold), for it is about to kill this one. Here probing goes on, and a success heals the state.

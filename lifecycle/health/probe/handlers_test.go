@@ -2,6 +2,7 @@ package probe
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -89,6 +90,21 @@ func newWebApp(t *testing.T, start func(*httptest.Server)) *webApp {
 		}
 	})
 	mux.HandleFunc("/long", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, strings.Repeat("x", 3*maxOutput)) })
+	mux.HandleFunc("/early/{code}", func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusProcessing)
+		w.WriteHeader(http.StatusEarlyHints)
+		code, _ := strconv.Atoi(r.PathValue("code"))
+		w.WriteHeader(code)
+		io.WriteString(w, "at last")
+	})
+	mux.HandleFunc("/switch", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusSwitchingProtocols) })
+	mux.HandleFunc("/gone", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	mux.HandleFunc("/header", func(w http.ResponseWriter, _ *http.Request) {
+		long := strings.Repeat("x", 1<<20)
+		for i := range 12 {
+			w.Header().Set(fmt.Sprint("X-", i), long)
+		}
+	})
 	mux.HandleFunc("/proto", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Proto) })
 	mux.HandleFunc("/silent", func(http.ResponseWriter, *http.Request) { <-a.release })
 	mux.HandleFunc("/half", func(w http.ResponseWriter, _ *http.Request) {
@@ -166,6 +182,12 @@ func TestHTTPRules(t *testing.T) {
 		{rule: "http.go, RedirectChecker: the tenth redirect is one too many", path: "/hops/10", want: failure, output: "stopped after 10 redirects"},
 		{rule: "http.go: the certificate isn't verified", app: secure, path: "/proto", want: success, output: "HTTP/1.1"},
 		{rule: "http.go: HTTP/2 where TLS agrees on it", app: both, path: "/proto", want: success, output: "HTTP/2.0"},
+		{rule: "http.Transport: informational answers go before the answer", path: "/early/200", want: success, output: "at last"},
+		{rule: "http.Transport: and say nothing of it", path: "/early/503", want: failure, output: "503"},
+		{rule: "http.go: below 200 is a failure", path: "/switch", want: failure, output: "HTTP probe failed with statuscode: 101"},
+		{rule: "http.go: no answer is a failure", path: "/gone", want: failure, output: "EOF"},
+		{rule: "http.Transport: a header has an end", path: "/header", want: failure},
+		{rule: "http.go: what isn't HTTP is a failure", app: app, path: "/", want: failure, output: "server gave HTTP response to HTTPS client"},
 		{rule: "http.go: no answer in time is a failure", path: "/silent", timeout: soon, want: failure, output: "Client.Timeout exceeded"},
 		{rule: "http.go: a body that breaks off is an error", path: "/half", timeout: soon, want: unknown},
 		{rule: "request.go, formatURL: a query", path: "/status/201?x=1&y", want: success},
@@ -214,10 +236,33 @@ func TestHTTPRules(t *testing.T) {
 	})
 	t.Run("http.go: no proxy", func(t *testing.T) {
 		h := newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "x", "", at(1), patience, dialer().DialContext)
-		if h.client.Transport.(*http.Transport).Proxy != nil {
+		if h.client.Transport.(*transport).tls.Proxy != nil {
 			t.Error("there is a proxy")
 		}
 	})
+}
+
+func TestEndOfRunEndsARequest(t *testing.T) {
+	app := newWebApp(t, (*httptest.Server).Start)
+	for _, path := range []string{"/silent", "/half"} {
+		ctx, cancel := context.WithCancel(t.Context())
+		before := len(app.requests())
+		go func() {
+			defer cancel()
+			for range 1000 {
+				if len(app.requests()) > before {
+					return
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		}()
+		h := newHTTPHandler(HTTPGet{Path: path, Scheme: "HTTP"}, "127.0.0.1", "", at(app.port(t)), 5*time.Minute, dialer().DialContext)
+		began := time.Now()
+		v, _, err := run(ctx, h)
+		if took := time.Since(began); !errors.Is(err, context.Canceled) || v != unknown || took > patience {
+			t.Errorf("%s: got %v, %v after %v, want no result, at once", path, v, err, took)
+		}
+	}
 }
 
 func TestHTTPHeaders(t *testing.T) {

@@ -21,6 +21,10 @@ const (
 	maxLogged = 256
 	// maxJitter of the first run.
 	maxJitter = time.Second
+	// slot of the jitter, in whose middle a first run falls. The probes of an application's components start together, and those
+	// of the same slot share a wake-up of this process, which costs more than most probes: without slots, twenty probes a
+	// second took two to three times the CPU time. Other processes start at other times: a node's are spread all the same.
+	slot = 250 * time.Millisecond
 	// attempts of a run that can't be carried out (kubelet/prober/prober.go: maxProbeRetries).
 	attempts = 3
 )
@@ -99,7 +103,9 @@ type probe struct {
 
 	ticker *time.Ticker
 	// due is the jittered start's timer, then the ticker's channel.
-	due       <-chan time.Time
+	due <-chan time.Time
+	// runs go to the probe's worker, which is there once there was one.
+	runs      chan finished
 	running   bool
 	triggered bool
 
@@ -124,7 +130,7 @@ func (pr *probe) next() <-chan time.Time {
 
 // reset gives the initial values (kubelet/prober/worker.go: newWorker).
 func (pr *probe) reset() {
-	*pr = probe{kind: pr.kind, spec: pr.spec, handler: pr.handler, ticker: pr.ticker, due: pr.due, running: pr.running}
+	*pr = probe{kind: pr.kind, spec: pr.spec, handler: pr.handler, ticker: pr.ticker, due: pr.due, runs: pr.runs, running: pr.running}
 	switch pr.kind {
 	case Liveness:
 		pr.value = success
@@ -279,13 +285,13 @@ func (p *Prober) Restarted() {
 }
 
 // Run probes until ctx ends, and returns nil then, once no run is under way any more. It is called once. Its start counts as
-// the container's; each probe starts after a random part of its period, at most of 1 s. The kubelet does so over a whole
-// period when it has been restarted itself, and has all its node's pods to probe; a container that is new it probes at
-// once (kubelet/prober/worker.go: run). Here there are few probes, and who waits for them is a new instance.
+// the container's; each probe starts in the middle of a random quarter of the first second (see slot). The kubelet starts at a
+// random moment of the period when it has been restarted itself, and has all its node's pods to probe; a container that is
+// new it probes at once (kubelet/prober/worker.go: run). Here there are few probes, and who waits for them is a new instance.
 func (p *Prober) Run(ctx context.Context) error {
 	for _, pr := range p.probes {
 		if pr != nil {
-			jitter := time.NewTimer(rand.N(min(pr.period(), maxJitter)))
+			jitter := time.NewTimer(rand.N(min(pr.period(), maxJitter)).Truncate(slot) + slot/2)
 			defer jitter.Stop()
 			pr.due = jitter.C
 			defer pr.stop()
@@ -351,15 +357,24 @@ func (p *Prober) attempt(pr *probe) {
 	if started, _, _ := p.verdicts(); started == (pr.kind == Startup) {
 		return
 	}
+	if pr.runs == nil {
+		pr.runs = make(chan finished)
+		go p.work(pr.handler, pr.runs)
+	}
 	pr.running = true
-	f := finished{pr: pr, life: p.life}
-	go func() {
+	pr.runs <- finished{pr: pr, life: p.life}
+}
+
+// work carries out a probe's runs, one after the other. It is one goroutine for all of them, since a new one's stack would
+// have to grow each time.
+func (p *Prober) work(h handler, runs <-chan finished) {
+	for f := range runs {
 		began := time.Now()
-		f.verdict, f.output, f.err = run(f.life.ctx, pr.handler)
+		f.verdict, f.output, f.err = run(f.life.ctx, h)
 		f.at = time.Now()
 		f.took = f.at.Sub(began)
 		p.finished <- f
-	}()
+	}
 }
 
 // trigger probes readiness at once where it may turn to true (kubelet/prober/prober_manager.go: UpdatePodStatus). During the
@@ -391,6 +406,9 @@ func (pr *probe) period() time.Duration { return time.Duration(pr.spec.PeriodSec
 func (pr *probe) stop() {
 	if pr.ticker != nil {
 		pr.ticker.Stop()
+	}
+	if pr.runs != nil {
+		close(pr.runs)
 	}
 }
 

@@ -299,6 +299,9 @@ func TestStartIsJitteredOverOneSecond(t *testing.T) {
 			if first >= time.Second {
 				t.Errorf("first run after %v, want it within a second", first)
 			}
+			if first%(250*time.Millisecond) != 125*time.Millisecond {
+				t.Errorf("first run after %v, want it in the middle of a quarter, so that probes share wake-ups", first)
+			}
 			quarters[first/(250*time.Millisecond)]++
 			r.stop()
 			<-r.ended
