@@ -182,6 +182,29 @@ func TestHookOfABrokenApplicationIsAcceptedFromTheNode(t *testing.T) {
 	}
 }
 
+func TestStatusTellsOfTheHoldAndTheAvailability(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newTestAgent(t, zap.NewNop())
+		synctest.Wait()
+		if st := a.status(); st.Hold != nil || st.Liveness != nil || st.Readiness != nil {
+			t.Errorf("nobody says anything, and the status has %v, %v, %v", st.Hold, st.Liveness, st.Readiness)
+		}
+		a.machine.SetHold(&lifecycle.Hold{Reason: "heap dump", Actor: "ann"})
+		a.machine.SetAvailability(lifecycle.Availability{
+			Liveness:  lifecycle.Liveness{State: lifecycle.Correct},
+			Readiness: lifecycle.Readiness{State: lifecycle.RefusingTraffic, Cause: "cold"},
+		})
+		synctest.Wait()
+		st := a.status()
+		if st.State != "Pending" || st.Hold == nil || st.Hold.Reason != "heap dump" || st.Hold.Actor != "ann" {
+			t.Errorf("state %s, hold %v", st.State, st.Hold)
+		}
+		if st.Liveness == nil || st.Liveness.State != "CORRECT" || st.Readiness == nil || st.Readiness.State != "REFUSING_TRAFFIC" || st.Readiness.Cause != "cold" {
+			t.Errorf("liveness %v, readiness %v", st.Liveness, st.Readiness)
+		}
+	})
+}
+
 func TestHookTakesGetAndPostOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestAgent(t, zap.NewNop())

@@ -44,6 +44,15 @@ func (a *agent) status() api.Status {
 	for _, t := range s.Trail {
 		out.Trail = append(out.Trail, api.Decision{Time: t.Time, State: t.State.String(), Cause: t.Cause})
 	}
+	if l := s.Availability.Liveness; l.State != "" {
+		out.Liveness = &api.Availability{State: string(l.State), Cause: l.Cause, Since: l.Since}
+	}
+	if r := s.Availability.Readiness; r.State != "" {
+		out.Readiness = &api.Availability{State: string(r.State), Cause: r.Cause, Since: r.Since}
+	}
+	if h := s.Hold; h != nil {
+		out.Hold = &api.Hold{Reason: h.Reason, Actor: h.Actor, Since: h.Since, Expires: h.Expires}
+	}
 	if !s.Deadline.IsZero() {
 		out.Deadline = &s.Deadline
 	}

@@ -100,6 +100,10 @@ type Status struct {
 
 	Endpoints []Endpoint `json:"endpoints"`
 	Registry  Registry   `json:"registry"`
+	// Liveness and Readiness are what the application and its probes say; none while nobody says anything.
+	Liveness  *Availability `json:"liveness,omitempty"`
+	Readiness *Availability `json:"readiness,omitempty"`
+	Hold      *Hold         `json:"hold,omitempty"`
 	// Draining is how the drain stands, while one is under way.
 	Draining *Draining `json:"draining,omitempty"`
 	// Verdict is the last shutdown's.
