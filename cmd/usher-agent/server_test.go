@@ -196,7 +196,7 @@ func TestStatusTellsOfTheHoldAndTheAvailability(t *testing.T) {
 		})
 		synctest.Wait()
 		st := a.status()
-		if st.State != "Pending" || st.Hold == nil || st.Hold.Reason != "heap dump" || st.Hold.Actor != "ann" {
+		if st.State != "Offline" || st.Hold == nil || st.Hold.Reason != "heap dump" || st.Hold.Actor != "ann" {
 			t.Errorf("state %s, hold %v", st.State, st.Hold)
 		}
 		if st.Liveness == nil || st.Liveness.State != "CORRECT" || st.Readiness == nil || st.Readiness.State != "REFUSING_TRAFFIC" || st.Readiness.Cause != "cold" {
