@@ -40,8 +40,9 @@ const (
 )
 
 // probeAge is how old a connection may be to be taken for a probe of the kubelet, which opens one for each probe and
-// closes it after timeoutSeconds (1 s by default) at the latest.
-const probeAge = 10 * time.Second
+// closes it after timeoutSeconds at the latest. That is the default; a probe that is given more time and takes it restarts
+// the quiet period, as a client behind the node does: better a drain that is too long than one that is no proof.
+const probeAge = time.Second
 
 // The longest answer that was seen is trusted after so many of them, in so long a time.
 const (

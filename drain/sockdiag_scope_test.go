@@ -176,6 +176,33 @@ func TestSockdiagProbesAreTheNodesFewNewConnections(t *testing.T) {
 	}
 }
 
+func TestSockdiagRequestFromTheNodeThatTakesLongIsNoProbe(t *testing.T) {
+	l, s := listener(t)
+	if err := s.SetNodes([]netip.Addr{netip.MustParseAddr("127.0.0.9")}); err != nil {
+		t.Fatal(err)
+	}
+	take(t, s)
+	c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.9")}}).Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "ask")
+	accept(t, l)
+	if got := take(t, s); got.InFlight != 1 || got.Probes != 1 {
+		t.Errorf("%+v, want one that may be a probe", got)
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		got := take(t, s)
+		if got.InFlight == 1 && got.Probes == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v, want one in flight that is no probe any more", got)
+		}
+	}
+}
+
 func TestSockdiagIsPatientUntilItHasLearnt(t *testing.T) {
 	now := time.Now()
 	s := &Sockdiag{cfg: SockdiagConfig{MinPatience: time.Second, MaxPatience: time.Minute}, began: now, longest: 3 * time.Second}
