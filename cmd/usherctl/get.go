@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
@@ -19,22 +20,29 @@ func (a *app) getInstances() *cobra.Command {
 AGE is how long the instance has been in its state. A ledger value that is no record shows as Unreadable.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			service, err := optionalArg("SERVICE", args)
-			if err != nil {
-				return err
-			}
-			c, explain, stop, err := a.catalog(cmd)
-			if err != nil {
-				return err
-			}
-			defer stop()
-			entries, err := c.List(cmd.Context(), a.namespace, service)
+		RunE: a.reading("SERVICE", func(ctx context.Context, c *registry.Catalog, explain func(error) error, service string) error {
+			entries, err := c.List(ctx, a.namespace, service)
 			if err != nil {
 				return explain(err)
 			}
 			return a.printInstances(entries)
-		},
+		}),
+	}
+}
+
+// reading is a command that reads the catalog, of one thing if its only argument names one.
+func (a *app) reading(what string, read func(ctx context.Context, c *registry.Catalog, explain func(error) error, name string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		name, err := optionalArg(what, args)
+		if err != nil {
+			return err
+		}
+		c, explain, stop, err := a.catalog(cmd)
+		if err != nil {
+			return err
+		}
+		defer stop()
+		return read(cmd.Context(), c, explain, name)
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
@@ -25,22 +26,13 @@ IN FLIGHT is what was left at the release, TOOK the time from the first sign of 
 since then.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			pod, err := optionalArg("POD", args)
-			if err != nil {
-				return err
-			}
-			c, explain, stop, err := a.catalog(cmd)
-			if err != nil {
-				return err
-			}
-			defer stop()
-			entries, err := c.Verdicts(cmd.Context(), a.namespace, pod)
+		RunE: a.reading("POD", func(ctx context.Context, c *registry.Catalog, explain func(error) error, pod string) error {
+			entries, err := c.Verdicts(ctx, a.namespace, pod)
 			if err != nil {
 				return explain(err)
 			}
 			return a.printVerdicts(entries)
-		},
+		}),
 	}
 }
 

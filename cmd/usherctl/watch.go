@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"reflect"
@@ -23,19 +24,10 @@ TIME is when the state began, for what is there at first, and when the change wa
 is one object a line, with -o yaml one document for each change.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			service, err := optionalArg("SERVICE", args)
-			if err != nil {
-				return err
-			}
-			c, explain, stop, err := a.catalog(cmd)
-			if err != nil {
-				return err
-			}
-			defer stop()
+		RunE: a.reading("SERVICE", func(ctx context.Context, c *registry.Catalog, explain func(error) error, service string) error {
 			p := changePrinter{app: a}
 			var trouble string
-			for event, err := range c.Watch(cmd.Context(), a.namespace, service) {
+			for event, err := range c.Watch(ctx, a.namespace, service) {
 				if err != nil {
 					if !p.synced {
 						return explain(err)
@@ -52,7 +44,7 @@ is one object a line, with -o yaml one document for each change.`,
 				}
 			}
 			return nil
-		},
+		}),
 	}
 }
 
