@@ -330,8 +330,8 @@ func (a *agent) brokenAndFromNode(r *http.Request) bool {
 	if err != nil {
 		return false
 	}
-	from := at.Addr().Unmap().WithZone("")
-	return slices.Contains(a.machine.Status().Observation.Pod.HostIPs, from) || slices.Contains(a.prober.seen(), from)
+	// Only what Kubernetes says of the node: anybody can call like a probe, and so get into a.prober.
+	return slices.Contains(a.machine.Status().Observation.Pod.HostIPs, at.Addr().Unmap().WithZone(""))
 }
 
 func (a *agent) carriesToken(r *http.Request) bool {
