@@ -15,10 +15,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 
+	"usher.dev/usher/integration/internal/program"
 	"usher.dev/usher/integration/rollout"
 	"usher.dev/usher/integration/stack"
 )
@@ -43,21 +42,7 @@ type options struct {
 
 func main() {
 	o, err := parse(os.Args[1:])
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Print(usage)
-		return
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "bench-rollout: %v; see bench-rollout --help\n", err)
-		os.Exit(2)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err = run(ctx, o, os.Stdout, os.Stderr)
-	stop()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "bench-rollout: %v\n", err)
-		os.Exit(1)
-	}
+	program.Main("bench-rollout", usage, err, func(ctx context.Context) error { return run(ctx, o, os.Stdout, os.Stderr) })
 }
 
 func parse(args []string) (options, error) {

@@ -8,19 +8,17 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"usher.dev/usher/integration/bench"
 	"usher.dev/usher/integration/cluster"
+	"usher.dev/usher/integration/internal/program"
 	"usher.dev/usher/integration/stack"
 )
 
@@ -49,24 +47,13 @@ type options struct {
 
 func main() {
 	o, err := parse(os.Args[1:])
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Print(usage)
-		return
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "bench: %v; see bench --help\n", err)
-		os.Exit(2)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	missed, err := run(ctx, o, os.Stdout, os.Stderr)
-	stop()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
-		os.Exit(1)
-	}
-	if missed > 0 && o.strict {
-		os.Exit(1)
-	}
+	program.Main("bench", usage, err, func(ctx context.Context) error {
+		missed, err := run(ctx, o, os.Stdout, os.Stderr)
+		if err == nil && missed > 0 && o.strict {
+			err = fmt.Errorf("%d targets are missed", missed)
+		}
+		return err
+	})
 }
 
 func parse(args []string) (options, error) {

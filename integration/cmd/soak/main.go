@@ -11,10 +11,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 
+	"usher.dev/usher/integration/internal/program"
 	"usher.dev/usher/integration/rollout"
 	"usher.dev/usher/integration/stack"
 )
@@ -32,21 +31,7 @@ Exit codes: 0 no request was lost, no pod lingered, no agent leaked; 1 otherwise
 
 func main() {
 	rollouts, err := parse(os.Args[1:])
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Print(usage)
-		return
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "soak: %v; see soak --help\n", err)
-		os.Exit(2)
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err = run(ctx, rollouts, os.Stdout)
-	stop()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "soak: %v\n", err)
-		os.Exit(1)
-	}
+	program.Main("soak", usage, err, func(ctx context.Context) error { return run(ctx, rollouts, os.Stdout) })
 }
 
 func parse(args []string) (rollouts int, err error) {
