@@ -16,9 +16,12 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 )
 
 const (
@@ -327,9 +330,35 @@ func (f freshTLS) Clone() credentials.TransportCredentials {
 	return freshTLS{f.TransportCredentials.Clone(), f.config}
 }
 
+// givenUp tells at debug level of what was cancelled: nothing has failed, its caller wanted it no more.
+type givenUp struct{ zapcore.Core }
+
+func (g givenUp) With(fields []zapcore.Field) zapcore.Core { return givenUp{g.Core.With(fields)} }
+
+func (g givenUp) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if !g.Enabled(e.Level) {
+		return ce
+	}
+	return ce.AddCore(e, g)
+}
+
+func (g givenUp) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	for _, f := range fields {
+		err, ok := f.Interface.(error)
+		if !ok || !errors.Is(err, context.Canceled) && status.Code(err) != codes.Canceled {
+			continue
+		}
+		if e.Level = zapcore.DebugLevel; !g.Enabled(e.Level) {
+			return nil
+		}
+	}
+	return g.Core.Write(e, fields)
+}
+
 // Dial validates, and makes a client. Without a user it never waits: the client connects in the background, and again
 // after every loss, at most about a second after etcd is back. With a user it logs in, which takes at most DialTimeout
-// and fails when etcd can't be reached: call it again then. The client's own logs go to logger; nil discards them.
+// and fails when etcd can't be reached: call it again then. The client's own logs go to logger; nil discards them. That a
+// request was cancelled by its caller, of which the client warns, is told at debug level.
 func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 	if err := c.Validate(); err != nil {
 		return nil, fmt.Errorf("etcd connection: %w", err)
@@ -337,6 +366,7 @@ func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 	if logger == nil {
 		logger = zap.NewNop()
 	}
+	logger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return givenUp{c} }))
 	or := func(d, def time.Duration) time.Duration {
 		if d == 0 {
 			return def

@@ -19,7 +19,9 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 func env(vars map[string]string) func(string) string {
@@ -388,5 +390,35 @@ func TestReconnectsOftenEnough(t *testing.T) {
 		}
 		last = time.Now()
 		conn.Close()
+	}
+}
+
+func TestRequestGivenUpIsNoWarning(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	core, logs := observer.New(zap.InfoLevel)
+	cli, err := Connection{Endpoints: []string{silent.Addr().String()}}.Dial(zap.New(core))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cli.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := cli.Grant(ctx, 10); err == nil {
+		t.Fatal("a silent server granted a lease")
+	}
+	if all := logs.All(); len(all) != 0 {
+		t.Errorf("told of a cancelled request: %v", all)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := cli.Grant(ctx, 10); err == nil {
+		t.Fatal("a silent server granted a lease")
+	}
+	if logs.FilterLevelExact(zap.WarnLevel).Len() == 0 {
+		t.Error("not a word on a request that had no answer in time")
 	}
 }

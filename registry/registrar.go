@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	mrand "math/rand/v2"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -94,7 +95,7 @@ type Registrar struct {
 	said    error         // of the last attempt: all that is not as desired
 	kept    error         // of the last attempt: what kept it from being carried out
 	changed chan struct{} // closed and replaced at each change of these
-	abandon func()        // ends what a new desire makes pointless; nil: there is nothing like that
+	abandon func()        // ends what is done for the verdict of desired; nil: nothing is
 
 	wake chan struct{} // Set was called
 	s    session       // of Run's goroutine only
@@ -226,10 +227,10 @@ func checkOverlap(formats map[string][]NamedFormat) error {
 // Set replaces what is desired. It never blocks.
 func (r *Registrar) Set(d lifecycle.Desired) {
 	r.mu.Lock()
-	r.desired, r.gen = &d, r.gen+1
-	if r.abandon != nil {
+	if r.abandon != nil && !reflect.DeepEqual(d.Verdict, r.desired.Verdict) {
 		r.abandon()
 	}
+	r.desired, r.gen = &d, r.gen+1
 	r.broadcast()
 	r.mu.Unlock()
 	select {
@@ -377,9 +378,9 @@ func (r *Registrar) converge(ctx context.Context) bool {
 		r.s.verdictErr = nil
 	}
 	if err == nil && r.owesVerdict(*d) {
-		// What consumers see is told first, and a new desire comes before the verdict on what was.
+		// What consumers see is told first, and a return comes before the verdict on what was.
 		r.report(d.State, 0, problem, r.s.verdictErr)
-		keep, done := r.untilDesireAfter(ctx, gen)
+		keep, done := r.whileDesired(ctx, d.Verdict)
 		err = r.keepVerdict(keep, *d)
 		pointless := keep.Err() != nil
 		done()
@@ -391,13 +392,13 @@ func (r *Registrar) converge(ctx context.Context) bool {
 	return r.report(d.State, gen, problem, err)
 }
 
-// untilDesireAfter ends with ctx, and with the next Set after that of gen. done is to be called.
-func (r *Registrar) untilDesireAfter(ctx context.Context, gen uint64) (_ context.Context, done func()) {
+// whileDesired ends with ctx, and when v is desired no more. done is to be called.
+func (r *Registrar) whileDesired(ctx context.Context, v *lifecycle.Verdict) (_ context.Context, done func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.abandon = cancel
-	if r.gen != gen {
+	if !reflect.DeepEqual(r.desired.Verdict, v) {
 		cancel()
 	}
 	return ctx, func() {

@@ -258,6 +258,46 @@ func TestVerdictThatHangsKeepsNeitherAReturnNorTheEnd(t *testing.T) {
 	}
 }
 
+// countedLease answers a request for a verdict's lease when it may.
+type countedLease struct {
+	clientv3.Lease
+	asked chan struct{}
+	may   chan struct{}
+}
+
+func (c countedLease) Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error) {
+	if ttl == 600 {
+		c.asked <- struct{}{}
+		select {
+		case <-c.may:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return c.Lease.Grant(ctx, ttl)
+}
+
+// SIGTERM often comes within milliseconds of the release.
+func TestStopLeavesTheVerdictThatIsUnderWayAlone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	asked, may := make(chan struct{}, 9), make(chan struct{})
+	a := w.registered(spec{wrap: func(c *clientv3.Client) { c.Lease = countedLease{c.Lease, asked, may} }})
+	d := a.released(created)
+	a.Set(d)
+	<-asked
+	d.State, d.Cause = lifecycle.Stopped, "SIGTERM"
+	a.Set(d)
+	close(may)
+	a.sync()
+	if v := w.verdict(); v == nil {
+		t.Error("no verdict")
+	}
+	if n := len(asked); n != 0 {
+		t.Errorf("the verdict's lease was asked for %d times more", n)
+	}
+}
+
 func TestEndWithAVerdictIsNotHeldUpByAnEtcdThatIsAway(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
