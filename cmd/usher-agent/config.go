@@ -10,10 +10,12 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
@@ -134,6 +136,19 @@ func duration(field func(*config) *time.Duration) func(*config, string) error {
 	}
 }
 
+// positive is a duration of which 0 would mean the default further in.
+func positive(field func(*config) *time.Duration) func(*config, string) error {
+	return func(c *config, v string) error {
+		if err := duration(field)(c, v); err != nil {
+			return err
+		}
+		if *field(c) == 0 {
+			return errors.New("want a duration above zero, such as 500ms, 5s or 1m")
+		}
+		return nil
+	}
+}
+
 func oneOf(field func(*config) *string, allowed ...string) func(*config, string) error {
 	return func(c *config, v string) error {
 		if !slices.Contains(allowed, v) {
@@ -194,7 +209,7 @@ func settings() []setting {
 		{flag: "etcd-user", arg: "NAME", usage: "etcd user", set: text(func(c *config) *string { return &c.Etcd.User })},
 		{flag: "etcd-password", envOnly: true, usage: "etcd user's password", set: text(func(c *config) *string { return &c.Etcd.Password })},
 		{flag: "etcd-password-file", arg: "FILE", usage: "file with the password instead; read on every login, so that it can be changed while the agent runs", set: text(func(c *config) *string { return &c.Etcd.PasswordFile })},
-		{flag: "lease-ttl", arg: "DURATION", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: duration(func(c *config) *time.Duration { return &c.LeaseTTL })},
+		{flag: "lease-ttl", arg: "DURATION", def: registry.DefaultTTL.String(), usage: "how long records outlive an agent that was killed", set: positive(func(c *config) *time.Duration { return &c.LeaseTTL })},
 
 		{flag: "verdict-ttl", arg: "DURATION", def: registry.DefaultVerdictTTL.String(), usage: "how long the verdict of a shutdown can be read in etcd; 0 for not at all", set: func(c *config, v string) error {
 			if err := duration(func(c *config) *time.Duration { return &c.VerdictTTL })(c, v); err != nil {
@@ -236,9 +251,9 @@ func settings() []setting {
 			c.MultiplexedPorts = words(v)
 			return nil
 		}},
-		{flag: "quiet-period", arg: "DURATION", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: duration(func(c *config) *time.Duration { return &c.Quiet })},
-		{flag: "drain-interval", arg: "DURATION", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: duration(func(c *config) *time.Duration { return &c.Interval })},
-		{flag: "drain-floor", arg: "DURATION", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: duration(func(c *config) *time.Duration { return &c.Floor })},
+		{flag: "quiet-period", arg: "DURATION", def: drain.DefaultQuiet.String(), usage: "how long nothing must have been in flight", set: positive(func(c *config) *time.Duration { return &c.Quiet })},
+		{flag: "drain-interval", arg: "DURATION", def: drain.DefaultInterval.String(), usage: "time between two samples of a drain", set: positive(func(c *config) *time.Duration { return &c.Interval })},
+		{flag: "drain-floor", arg: "DURATION", def: drain.DefaultFloor.String(), usage: "how long a drain waits when a source is unknown", set: positive(func(c *config) *time.Duration { return &c.Floor })},
 
 		{group: "Application", flag: "health", arg: "YAML", tree: true, usage: "probes, workers and groups, such as {components: {db: {critical: false, readinessProbe: {tcpSocket: {port: 5432}}}}}; docs/health.md", set: setTree(func(c *config) *health.Settings { return &c.Health })},
 		{flag: "health-grpc-address", arg: "ADDRESS", usage: "serve grpc.health.v1 there, with the groups as services", set: text(func(c *config) *string { return &c.HealthGRPCAddress })},
@@ -255,12 +270,16 @@ func setService(c *config, v string) error {
 	if name == "" || strings.Contains(name, "=") {
 		return errors.New("want NAME[,format=F][,port=P][,target=T]..., the Service's name first")
 	}
-	spec := format.Spec{}
+	spec, seen := format.Spec{}, map[string]bool{}
 	for _, p := range parts[1:] {
 		k, val, ok := strings.Cut(strings.TrimSpace(p), "=")
 		if !ok || val == "" {
 			return fmt.Errorf("%q: want SETTING=VALUE, such as port=http", p)
 		}
+		if seen[k] {
+			return fmt.Errorf("%q: %s is there twice; several records of a Service are several --service", p, k)
+		}
+		seen[k] = true
 		if err := spec.Set(k, val); err != nil {
 			return err
 		}
@@ -321,19 +340,40 @@ func setSources(c *config, v string) error {
 func setTree[T any](field func(*config) *T) func(*config, string) error {
 	return func(c *config, v string) error {
 		var t T
-		if err := yaml.UnmarshalStrict([]byte(v), &t); err != nil {
-			return plainly(err)
+		err := oneDocument(v)
+		if err == nil {
+			err = yaml.UnmarshalStrict([]byte(v), &t)
+		}
+		if err != nil {
+			return plainly(err, "docs/health.md")
 		}
 		*field(c) = t
 		return nil
 	}
 }
 
-// plainly says what is wrong with YAML without what the libraries say of their own work.
-func plainly(err error) error {
+// oneDocument refuses what the library would leave out without a word: all documents but the first.
+func oneDocument(text string) error {
+	documents := 0
+	for _, part := range regexp.MustCompile(`(?m)^---(?:[ \t]|\r?$)`).Split(text, -1) { // YAML 1.2, 9.1.2
+		if slices.ContainsFunc(strings.Split(part, "\n"), func(line string) bool {
+			line = strings.TrimSpace(line)
+			return line != "" && line[0] != '#' && line[0] != '%'
+		}) {
+			documents++
+		}
+	}
+	if documents > 1 {
+		return fmt.Errorf("there are %d documents: want one YAML document", documents)
+	}
+	return nil
+}
+
+// plainly says what is wrong with YAML without what the libraries say of their own work. doc is where the fields are told.
+func plainly(err error, doc string) error {
 	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) {
 		want := map[reflect.Kind]string{
-			reflect.Bool: "true or false", reflect.String: "a text", reflect.Slice: "a list", reflect.Map: "a map", reflect.Struct: "a map",
+			reflect.Bool: "true or false", reflect.String: "a text, in quotes", reflect.Slice: "a list", reflect.Map: "a map", reflect.Struct: "a map",
 		}[wrong.Type.Kind()]
 		if want == "" {
 			want = "a whole number"
@@ -342,13 +382,13 @@ func plainly(err error) error {
 		if where == "" {
 			where = "the whole"
 		}
-		return fmt.Errorf("%s is a %s: want %s; docs/health.md has the fields", where, wrong.Value, want)
+		return fmt.Errorf("%s is a %s: want %s; %s has the fields", where, wrong.Value, want, doc)
 	}
 	text := err.Error()
 	for _, noise := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "json: ", "error converting YAML to JSON: ", "yaml: "} {
 		text = strings.TrimPrefix(text, noise)
 	}
-	return errors.New(text + "; docs/health.md has the fields")
+	return errors.New(text + "; " + doc + " has the fields")
 }
 
 // setCommand reads words, or a JSON list where a word has spaces in it.
@@ -479,10 +519,14 @@ func parse(args []string, lookup func(string) (string, bool)) (config, error) {
 			values = []string{strings.Join(values, ",")}
 		}
 		for _, v := range values {
-			if err := s.set(&c, v); err != nil {
-				if s.envOnly {
-					v = "(secret)"
-				}
+			err := s.set(&c, v)
+			switch {
+			case err == nil:
+			case s.tree: // which may have secrets in it, and errors name the field
+				errs = append(errs, fmt.Errorf("%s: %w", where, err))
+			case s.envOnly:
+				errs = append(errs, fmt.Errorf("%s (secret): %w", where, err))
+			default:
 				errs = append(errs, fmt.Errorf("%s %q: %w", where, v, err))
 			}
 		}
@@ -534,6 +578,9 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 	if err != nil {
 		return fmt.Errorf("config file: %w", err)
 	}
+	if err := oneDocument(string(raw)); err != nil {
+		return fmt.Errorf("config file %s: %w", path, err)
+	}
 	js, err := yaml.YAMLToJSONStrict(raw)
 	if err != nil {
 		return fmt.Errorf("config file %s: %w", path, err)
@@ -549,7 +596,7 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 			dec := json.NewDecoder(bytes.NewReader(doc[key]))
 			dec.DisallowUnknownFields()
 			if err := dec.Decode(&c.Services); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w; want a list of {name, formats: [{type, port, target, ...}]}", where, err))
+				errs = append(errs, fmt.Errorf("%s: %w, as a list of {name, formats: [{type, port, target, ...}]}", where, plainly(err, "docs/formats.md")))
 			}
 			continue
 		}
@@ -570,7 +617,11 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 		}
 		values, err := scalars(doc[key])
 		if err != nil || len(values) > 1 && !all[i].list {
-			errs = append(errs, fmt.Errorf("%s %s: want %s", where, doc[key], map[bool]string{true: "a value or a list of values", false: "one value"}[all[i].list]))
+			value := string(doc[key])
+			if all[i].envOnly {
+				value = "(secret)"
+			}
+			errs = append(errs, fmt.Errorf("%s %s: want %s", where, value, map[bool]string{true: "a value or a list of values", false: "one value"}[all[i].list]))
 			continue
 		}
 		apply(all[i], where, values...)
@@ -616,6 +667,11 @@ func (c *config) validate() error {
 	if c.Readiness == readinessProbe {
 		errs = append(errs, c.identify())
 	}
+	for i, s := range c.Services {
+		if slices.ContainsFunc(c.Services[:i], func(o serviceConfig) bool { return o.Name == s.Name }) {
+			errs = append(errs, fmt.Errorf("service %s: is there twice: want one, with both lists of formats", s.Name))
+		}
+	}
 	for _, f := range []struct{ flag, value, path string }{
 		{"pod-namespace", c.Namespace, "metadata.namespace"}, {"pod-name", c.Pod, "metadata.name"}, {"pod-uid", c.PodUID, "metadata.uid"},
 	} {
@@ -657,8 +713,16 @@ func (c *config) validate() error {
 	if c.HookToken != "" && len(c.HookToken) < 16 {
 		errs = append(errs, errors.New("USHER_HOOK_TOKEN: want at least 16 characters, so that it can't be guessed"))
 	}
+	if i := strings.IndexFunc(c.HookToken, func(r rune) bool { return r < '!' || r > '~' }); i >= 0 {
+		r, _ := utf8.DecodeRuneInString(c.HookToken[i:])
+		errs = append(errs, fmt.Errorf("USHER_HOOK_TOKEN: has the character %q: want printable ASCII without spaces, as a header carries it", r))
+	}
 	if err := c.Budget.Validate(); err != nil {
 		errs = append(errs, err)
+	} else if c.Readiness == readinessProbe { // elsewhere the Pod says the grace
+		if err := c.Budget.Fit(c.Grace, c.Quiet); err != nil {
+			errs = append(errs, fmt.Errorf("--grace-period %s, which stands for a Pod's: %w", c.Grace, err))
+		}
 	}
 	if err := c.Health.Validate(); err != nil {
 		errs = append(errs, err)
