@@ -173,7 +173,7 @@ func words(v string) []string {
 func settings() []setting {
 	b := lifecycle.DefaultBudget()
 	return []setting{
-		{group: "Instance", flag: "cluster", arg: "NAME", def: "default", usage: "name of this Kubernetes cluster in the ledger", set: text(func(c *config) *string { return &c.Cluster })},
+		{group: "Instance", flag: "cluster", arg: "NAME", def: "default", usage: "name of this Kubernetes cluster; it is part of the keys that usherctl reads", set: text(func(c *config) *string { return &c.Cluster })},
 		{flag: "service", arg: "NAME[,format=F][,port=P][,target=T]...", list: true, separate: ";", set: setService,
 			usage: "a Service whose instance this pod is, and the record that its consumers read; repeat for several. F is one of " + strings.Join(format.Types(), ", ") + "; docs/formats.md has the settings of each. Default: format grpc, target NAMESPACE/NAME, the Service's only TCP port"},
 		{flag: "weight", arg: "NUMBER", usage: "share of the traffic, for formats that have it; without it, the default of each format's readers. Annotation " + registry.AnnotationWeight, set: func(c *config, v string) (err error) {
@@ -193,7 +193,7 @@ func settings() []setting {
 		{flag: "readiness", arg: "SIGNAL", usage: "what tells that the instance is ready: " + readinessEndpoint + " (the Service's EndpointSlices) or " + readinessProbe + " (the probes of --health alone, for where there is no Kubernetes). Without it " + readinessEndpoint + "; for usher-agent run, " + readinessProbe, set: oneOf(func(c *config) *string { return &c.Readiness }, readinessEndpoint, readinessProbe)},
 		{flag: "grace-period", arg: "DURATION", def: defaultStandaloneGrace.String(), usage: "readiness " + readinessProbe + ": time from SIGTERM to SIGKILL, as docker stop --time or systemd's TimeoutStopSec has it", set: duration(func(c *config) *time.Duration { return &c.Grace })},
 
-		{group: "etcd", flag: "etcd-endpoints", arg: "URL,...", list: true, usage: "client URLS; without this and ETCDCTL_ENDPOINTS, " + registry.DefaultEndpoint, set: func(c *config, v string) error {
+		{group: "etcd", flag: "etcd-endpoints", arg: "URL,...", list: true, usage: "client URLs; without this and ETCDCTL_ENDPOINTS, " + registry.DefaultEndpoint, set: func(c *config, v string) error {
 			c.Etcd.Endpoints = words(v)
 			return nil
 		}},
@@ -437,6 +437,9 @@ come between the USHER_ ones and the file.
 
   --config FILE                 the YAML file (USHER_CONFIG)
   --version                     print the version
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 when it can't go on, 2 when a setting is wrong. With run, that of the
+application, or 128 and the number of the signal that ended it.
 `)
 	for _, s := range settings() {
 		if s.group != "" {

@@ -62,7 +62,7 @@ one that takes its place is not held.`,
 func (a *app) resume() *cobra.Command {
 	return &cobra.Command{
 		Use:               "resume POD",
-		Short:             "Take the hold on a pod back",
+		Short:             "End the hold on a pod: it may come back into the registry",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -80,7 +80,7 @@ type app struct {
 func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           strings.ReplaceAll(a.name, " ", "-"),
-		Short:         "Show what the Usher ledger in etcd has of service instances, and hold one",
+		Short:         "Show the service instances that Usher keeps in etcd, and hold one",
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: a.name},
 		Version:       buildVersion(),
 		SilenceErrors: true,
@@ -112,7 +112,7 @@ func (a *app) command() *cobra.Command {
 	// The errors are about names that don't exist, which is ours alone.
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
 
-	get := &cobra.Command{Use: "get", Short: "Show a table of something", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+	get := &cobra.Command{Use: "get", Short: "Show instances, or the verdicts of shutdowns", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		return fmt.Errorf("get what? want: %[1]s instances [SERVICE], or %[1]s verdicts [POD]", cmd.CommandPath())
 	}}
 	get.AddCommand(a.getInstances(), a.getVerdicts())
