@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -34,6 +35,7 @@ import (
 
 	"usher.dev/usher/integration/app/wire"
 	"usher.dev/usher/integration/internal/etcdtest"
+	"usher.dev/usher/internal/api"
 )
 
 // asApp makes the test binary be the application, so that signals can end it.
@@ -131,6 +133,75 @@ func TestSlowTakesItsTimeAndIsInFlightMeanwhile(t *testing.T) {
 	}
 	if _, n := call(t, "GET", url+"/inflight", ""); n != "0\n" {
 		t.Errorf("%q in flight after the answer", n)
+	}
+}
+
+func TestPendingIsAnsweredWhenItIsLetGo(t *testing.T) {
+	s, url := newTestServer(t)
+	s.maxFor = time.Minute
+	answered := make(chan string)
+	go func() {
+		resp, err := http.Post(url+wire.PendingPath, "text/plain", strings.NewReader("x"))
+		if err != nil {
+			t.Error(err)
+			close(answered)
+			return
+		}
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		answered <- string(text)
+	}()
+	for {
+		if _, n := call(t, "GET", url+"/inflight", ""); n == "1\n" {
+			break
+		}
+		select {
+		case text := <-answered:
+			t.Fatalf("answered before it was let go: %q", text)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	call(t, "PUT", url+wire.PendingPath, "")
+	if text := <-answered; text != "pod-1\n" {
+		t.Errorf("answered %q", text)
+	}
+}
+
+// A hook that refuses calls, takes the one in a hundred, and has no patience with those that are slow.
+func TestFloodTellsWhatBecameOfItsCalls(t *testing.T) {
+	var n atomic.Int64
+	hook := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path != api.PrestopPath, r.Method != http.MethodGet:
+		case n.Add(1)%100 != 0:
+			w.WriteHeader(http.StatusForbidden)
+		}
+	}))
+	hook.Config.ReadTimeout = time.Second
+	hook.Start()
+	defer hook.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	lines, out := io.Pipe()
+	done := make(chan error, 1)
+	go func() { done <- flood(ctx, config{flood: hook.Listener.Addr().String(), floodCalls: 1000}, out) }()
+	var first, rest wire.Flooded
+	said := json.NewDecoder(lines)
+	if err := said.Decode(&first); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if err := said.Decode(&rest); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if first.Calls != 1000 || first.Refused+first.Cut+first.Taken != 1000 || first.Refused == 0 || first.Taken == 0 || first.Slow == 0 {
+		t.Errorf("the first calls: %+v", first)
+	}
+	if rest.Slow < 3*floodSlow {
+		t.Errorf("at the end: %+v", rest)
 	}
 }
 
@@ -265,6 +336,8 @@ func TestBadFlagsAreNamed(t *testing.T) {
 		"--register-ttl=1.5s: give whole seconds": {"--register-ttl=1500ms"},
 		"--register is set, but neither --etcd":   {"--register=shop/http=10.0.0.7:8080"},
 		"--workers=-1: give at least 0":           {"--workers=-1"},
+		`--flood="10.0.0.7" is no address`:        {"--flood=10.0.0.7"},
+		"--flood-calls=0: give at least 1":        {"--flood-calls=0"},
 		"--replace-after=-1s: give at least 0s":   {"--replace-after=-1s"},
 		"flag provided but not defined: -x":       {"-x"},
 	} {
@@ -282,7 +355,7 @@ func TestHelpNamesEveryFlagAndDefaultsAreHarsh(t *testing.T) {
 	t.Setenv("ETCDCTL_ENDPOINTS", "")
 	for _, name := range []string{
 		"-http", "-grpc", "-pod", "-on-term", "-drain-timeout", "-ready-after", "-max-for", "-register", "-register-ttl", "-etcd",
-		"-agent", "-workers", "-replace-after", "-worker",
+		"-agent", "-workers", "-replace-after", "-worker", "-flood", "-flood-calls",
 	} {
 		if !strings.Contains(help.String(), name) {
 			t.Errorf("%s is missing in\n%s", name, help.String())
@@ -292,7 +365,7 @@ func TestHelpNamesEveryFlagAndDefaultsAreHarsh(t *testing.T) {
 	host, _ := os.Hostname()
 	want := config{
 		httpAddr: ":8080", grpcAddr: ":9090", pod: host, onTerm: "die", drainTimeout: 30 * time.Second, maxFor: time.Minute,
-		registerTTL: 15 * time.Second, replaceAfter: 5 * time.Second,
+		registerTTL: 15 * time.Second, replaceAfter: 10 * time.Second, floodCalls: 10_000,
 	}
 	if err != nil || !reflect.DeepEqual(cfg, want) {
 		t.Errorf("%+v, %v; want %+v", cfg, err, want)

@@ -14,6 +14,8 @@
 //
 // With --workers it is several processes, as servers of single-threaded runtimes are: they report themselves to the agent.
 //
+// With --flood it serves nobody, and is a stranger that calls an agent's hook without end.
+//
 // Paths and methods are in package wire.
 package main
 
@@ -52,6 +54,8 @@ type config struct {
 	workers      int
 	replaceAfter time.Duration
 	worker       bool
+	flood        string
+	floodCalls   int
 }
 
 func parse(args []string, out io.Writer) (config, error) {
@@ -74,8 +78,10 @@ func parse(args []string, out io.Writer) (config, error) {
 	etcd := fs.String("etcd", os.Getenv("ETCDCTL_ENDPOINTS"), "etcd's client `URLs`, comma-separated (default $ETCDCTL_ENDPOINTS)")
 	fs.StringVar(&cfg.agent, "agent", "", "`URL` of the Usher agent that workers report to (default the agent's own default)")
 	fs.IntVar(&cfg.workers, "workers", 0, "`number` of worker processes, which report to the agent, as this process does as their master")
-	fs.DurationVar(&cfg.replaceAfter, "replace-after", 5*time.Second, "how long after its end a worker gets a successor")
+	fs.DurationVar(&cfg.replaceAfter, "replace-after", 10*time.Second, "how long after its end a worker gets a successor")
 	fs.BoolVar(&cfg.worker, "worker", false, "be a worker, until the standard input ends")
+	fs.StringVar(&cfg.flood, "flood", "", "`HOST:PORT` of an agent's hook, to call without a right until the standard input ends, and do nothing else")
+	fs.IntVar(&cfg.floodCalls, "flood-calls", 10_000, "`number` of calls after which --flood says for the first time what became of them")
 	fs.Usage = func() {
 		fmt.Fprint(out, "Usage: app [flags]\n\nA sample server: fast, slow and streaming answers over HTTP/1.1 and gRPC, with knobs for readiness and liveness.\n\n")
 		fs.PrintDefaults()
@@ -111,6 +117,12 @@ func parse(args []string, out io.Writer) (config, error) {
 	}
 	if cfg.registerTTL%time.Second != 0 {
 		return config{}, fmt.Errorf("--register-ttl=%v: give whole seconds, as etcd's leases have", cfg.registerTTL)
+	}
+	if _, _, err := net.SplitHostPort(cfg.flood); cfg.flood != "" && err != nil {
+		return config{}, fmt.Errorf("--flood=%q is no address: give host:port", cfg.flood)
+	}
+	if cfg.floodCalls < 1 {
+		return config{}, fmt.Errorf("--flood-calls=%d: give at least 1", cfg.floodCalls)
 	}
 	if cfg.workers < 0 {
 		return config{}, fmt.Errorf("--workers=%d: give at least 0", cfg.workers)
@@ -152,6 +164,11 @@ func main() {
 func run(cfg config, log *slog.Logger) (int, error) {
 	if cfg.worker {
 		return 0, work(cfg)
+	}
+	if cfg.flood != "" {
+		ctx, cancel := untilInputEnds()
+		defer cancel()
+		return 0, flood(ctx, cfg, os.Stdout)
 	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)

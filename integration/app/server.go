@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,10 +45,13 @@ type server struct {
 	live     atomic.Bool
 	inFlight atomic.Int64
 	health   *health.Server
+
+	mu      sync.Mutex
+	pending chan struct{} // closed and replaced when those who wait are let go
 }
 
 func newServer(pod string, maxFor time.Duration, log *slog.Logger) *server {
-	s := &server{pod: pod, maxFor: maxFor, log: log, health: health.NewServer()}
+	s := &server{pod: pod, maxFor: maxFor, log: log, health: health.NewServer(), pending: make(chan struct{})}
 	s.live.Store(true)
 	s.setReady(false)
 	return s
@@ -81,6 +85,8 @@ func (s *server) handler() http.Handler {
 	mux.Handle("POST "+wire.StreamPath, s.counted(s.stream))
 	mux.Handle("POST "+wire.UploadPath, s.counted(s.upload))
 	mux.Handle("PUT "+wire.UploadPath, s.counted(s.upload))
+	mux.Handle("POST "+wire.PendingPath, s.counted(s.wait))
+	mux.HandleFunc("PUT "+wire.PendingPath, s.letGo)
 	for path, knob := range map[string]struct {
 		state *atomic.Bool
 		set   func(bool)
@@ -153,6 +159,27 @@ func (s *server) answer(usual time.Duration) func(http.ResponseWriter, *http.Req
 			fmt.Fprintln(w, s.pod)
 		}
 	}
+}
+
+func (s *server) wait(w http.ResponseWriter, r *http.Request, _ int64) {
+	s.mu.Lock()
+	pending := s.pending
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(r.Context(), s.maxFor)
+	defer cancel()
+	select {
+	case <-pending:
+	case <-ctx.Done():
+	}
+	fmt.Fprintln(w, s.pod)
+}
+
+func (s *server) letGo(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.pending)
+	s.pending = make(chan struct{})
+	fmt.Fprintln(w, s.pod)
 }
 
 func (s *server) stream(w http.ResponseWriter, r *http.Request, _ int64) {

@@ -14,7 +14,7 @@ import (
 )
 
 // workerTTL is how long the agent believes in a worker that has died.
-const workerTTL = 2 * time.Second
+const workerTTL = 3 * time.Second
 
 // report tells the agent that this process is ready, until ctx ends.
 func report(ctx context.Context, agent, id, role string) error {
@@ -27,13 +27,20 @@ func report(ctx context.Context, agent, id, role string) error {
 	})
 }
 
-// work is the life of one worker process: it ends when its standard input does, and so with the process that began it.
-func work(cfg config) error {
+// untilInputEnds ends with the standard input, and so with the process that holds its other end.
+func untilInputEnds() (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
 		cancel()
 	}()
+	return ctx, cancel
+}
+
+// work is the life of one worker process: it ends when its standard input does, and so with the process that began it.
+func work(cfg config) error {
+	ctx, cancel := untilInputEnds()
+	defer cancel()
 	return report(ctx, cfg.agent, fmt.Sprintf("worker-%d", os.Getpid()), client.RoleWorker)
 }
 

@@ -5,6 +5,7 @@
 //	GET|POST /slow?for=2s                 Wait(2s)                              answers after that long
 //	GET|POST /stream?for=5s&every=100ms   Stream(5s), a message every 100 ms    keeps answering, then ends
 //	POST     /upload                                                            reads the body to its end
+//	POST     /pending                                                           answers once it is let go, by PUT
 //
 // The gRPC service is described by hand over Protocol Buffers' well-known types, so that neither a compiler nor
 // generated code is needed.
@@ -25,6 +26,8 @@ const (
 	SlowPath   = "/slow"
 	StreamPath = "/stream"
 	UploadPath = "/upload"
+	// PendingPath answers POST once somebody sends PUT there, or after the longest time that an answer may take.
+	PendingPath = "/pending"
 	// ReadyPath and LivePath answer 200 or 503 to GET, and are set by PUT with the body true or false.
 	ReadyPath = "/readyz"
 	LivePath  = "/livez"
@@ -33,6 +36,15 @@ const (
 	// ToldPath takes the agent's events by POST, logs each, and answers after the duration in the query parameter for.
 	ToldPath = "/told"
 )
+
+// Flooded is what became of the calls of a flood, as it writes it.
+type Flooded struct {
+	Calls   int64 `json:"calls"`
+	Refused int64 `json:"refused"` // 403
+	Cut     int64 `json:"cut"`     // no answer
+	Taken   int64 `json:"taken"`   // any other answer
+	Slow    int64 `json:"slow"`    // slow connections so far; one that is cut is opened anew
+}
 
 // PodHeader names the pod in every HTTP answer.
 const PodHeader = "X-Pod"
