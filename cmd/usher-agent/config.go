@@ -690,6 +690,9 @@ func (c *config) validate() error {
 		for j := range s.Formats {
 			s.Formats[j] = s.Formats[j].WithDefaults(c.Namespace, s.Name)
 			f, err := format.New(s.Formats[j])
+			if err == nil && c.Readiness == readinessProbe && len(c.PodIPs) > 0 {
+				err = c.checkRecords(s.Formats[j], f)
+			}
 			if err != nil {
 				errs = append(errs, fmt.Errorf("service %s: %w", s.Name, err))
 				continue

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"usher.dev/usher/lifecycle"
+	"usher.dev/usher/registry/format"
 )
 
 // What tells that the instance is ready.
@@ -56,14 +57,42 @@ func (c *config) identify() error {
 		}
 		c.PodIPs = []netip.Addr{ip}
 	}
-	for _, s := range c.Services {
-		for _, f := range s.Formats {
-			if n, err := strconv.ParseUint(f.Port, 10, 16); err != nil || n == 0 {
-				errs = append(errs, fmt.Errorf("service %s: port %q: want a number from 1 to 65535; without Kubernetes there are no named ports", s.Name, f.Port))
-			}
+	return errors.Join(errs...)
+}
+
+// checkRecords makes the records of a format. Without Kubernetes, all that they are made of is known at the start.
+func (c *config) checkRecords(spec format.Spec, f format.Format) error {
+	in := format.Instance{
+		ID: c.PodUID, Namespace: c.Namespace, Addresses: c.PodIPs,
+		Weight: c.Attributes.Weight, Version: c.Attributes.Version, Metadata: c.Attributes.Metadata,
+	}
+	numbers, err := portNumbers(spec)
+	if err != nil {
+		return err
+	}
+	for _, n := range numbers {
+		in.Ports = append(in.Ports, format.Port{Number: n})
+	}
+	_, err = f.Records(in)
+	return err
+}
+
+// portNumbers are the ports that a format names, which are at least one.
+func portNumbers(spec format.Spec) ([]uint16, error) {
+	ports, err := spec.Ports()
+	if err != nil {
+		return nil, err
+	}
+	numbers := make([]uint16, 0, len(ports))
+	for _, p := range ports {
+		if n, err := strconv.ParseUint(p, 10, 16); err == nil && n > 0 {
+			numbers = append(numbers, uint16(n))
 		}
 	}
-	return errors.Join(errs...)
+	if len(numbers) == 0 || len(numbers) < len(ports) {
+		return nil, fmt.Errorf("port %q: want a number from 1 to 65535; without Kubernetes there are no named ports", spec.Port)
+	}
+	return numbers, nil
 }
 
 // ownAddress is the one that this host uses towards others. Connecting a UDP socket sends nothing; the address is from a
@@ -88,10 +117,12 @@ func newStandalone(c config) *standalone {
 	for _, svc := range c.Services {
 		s.names = append(s.names, svc.Name)
 		for _, f := range svc.Formats {
-			n, _ := strconv.ParseUint(f.Port, 10, 16) // identify has checked it
-			p := lifecycle.Port{Number: uint16(n), Protocol: "TCP"}
-			if !slices.Contains(s.ports[svc.Name], p) {
-				s.ports[svc.Name] = append(s.ports[svc.Name], p)
+			numbers, _ := portNumbers(f) // checkRecords had no complaint
+			for _, n := range numbers {
+				p := lifecycle.Port{Number: n, Protocol: "TCP"}
+				if !slices.Contains(s.ports[svc.Name], p) {
+					s.ports[svc.Name] = append(s.ports[svc.Name], p)
+				}
 			}
 		}
 	}

@@ -169,6 +169,22 @@ func (s Spec) WithDefaults(namespace, service string) Spec {
 	return s
 }
 
+// Ports are the names and numbers that Port gives, without what readers call them; none where Port is empty.
+func (s Spec) Ports() ([]string, error) {
+	if s.Port == "" {
+		return nil, nil
+	}
+	refs, err := parsePorts(s.Type, s.Port)
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(refs))
+	for i, r := range refs {
+		names[i] = r.want
+	}
+	return names, nil
+}
+
 // New builds the format that s describes. Errors are *Error.
 func New(s Spec) (Format, error) {
 	k, ok := kinds[s.Type]
