@@ -36,6 +36,9 @@ type Readiness struct {
 type Availability struct {
 	Liveness  Liveness
 	Readiness Readiness
+	// Undecided says that it refuses for no other reason than that not everybody has been heard since the agent's start.
+	// That keeps a new instance out, and is no reason to take one out that an agent before this one registered.
+	Undecided bool
 }
 
 // Refusing says whether the instance must not be advertised, whatever its endpoint says, and why.

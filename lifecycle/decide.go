@@ -32,11 +32,12 @@ type Decision struct {
 	State     State
 	Cause     string
 	Advertise []bool // by Service, as in Observation.Endpoints
+	Keep      []bool // likewise, and never both; Instance.Keep has the meaning
 }
 
 // Decide is a pure function from what is seen and what is under way to what should be.
 func Decide(in Inputs) Decision {
-	d := Decision{Advertise: make([]bool, len(in.Endpoints)), Cause: in.StopCause}
+	d := Decision{Advertise: make([]bool, len(in.Endpoints)), Keep: make([]bool, len(in.Endpoints)), Cause: in.StopCause}
 	switch in.Phase {
 	case StopUnderWay:
 		d.State = Draining
@@ -59,11 +60,12 @@ func Decide(in Inputs) Decision {
 		return d
 	}
 	if in.Hold != nil {
-		d.State, d.Cause = offline(in.WasOnline), in.Hold.String()
+		d.State, d.Cause = Offline, in.Hold.String() // whether this agent saw it online or one before
 		return d
 	}
-	if cause, refusing := in.Availability.Refusing(); refusing {
-		d.State, d.Cause = offline(in.WasOnline), cause
+	refusal, refusing := in.Availability.Refusing()
+	if refusing && !in.Availability.Undecided {
+		d.State, d.Cause = offline(in.WasOnline), refusal
 		return d
 	}
 	var up, down []string
@@ -76,11 +78,15 @@ func Decide(in Inputs) Decision {
 		case !e.Ready:
 			down = append(down, fmt.Sprintf("endpoint not ready in service %s", e.Service))
 		default:
-			d.Advertise[i] = true
+			d.Advertise[i], d.Keep[i] = !refusing, refusing
 			up = append(up, fmt.Sprintf("endpoint ready in service %s", e.Service))
 		}
 	}
 	switch {
+	case refusing && len(up) > 0:
+		d.State, d.Cause = Pending, refusal
+	case refusing:
+		d.State, d.Cause = offline(in.WasOnline), refusal
 	case len(up) > 0 && in.Phase == StopGuarded:
 		d.State, d.Cause = Online, in.StopCause+", waiting for other instances"
 	case len(up) > 0:
@@ -117,7 +123,7 @@ func desire(o Observation, d Decision) Desired {
 		return want
 	}
 	for i, e := range o.Endpoints {
-		in := Instance{Service: e.Service, Advertise: d.Advertise[i], Addresses: e.Addresses, Ports: e.Ports, Zone: e.Zone}
+		in := Instance{Service: e.Service, Advertise: d.Advertise[i], Keep: d.Keep[i], Addresses: e.Addresses, Ports: e.Ports, Zone: e.Zone}
 		if len(in.Addresses) == 0 {
 			in.Addresses = o.Pod.IPs
 		}

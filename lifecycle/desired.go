@@ -22,6 +22,9 @@ type Desired struct {
 type Instance struct {
 	Service   string
 	Advertise bool // consumers should find it
+	// Keep says that it isn't known yet whether they should: nothing is put, and what an agent before this one put stays as
+	// it is, under the lease that nobody renews any more.
+	Keep      bool
 	Addresses []netip.Addr
 	Ports     []Port
 	Zone      string

@@ -10,7 +10,7 @@
 //
 // # States
 //
-//	Pending --ready--> Online <--ready / not ready, hold, refusing--> Offline
+//	Pending --ready--> Online <--ready / not ready, hold, refusing--> Offline <--hold-- Pending
 //	any state --preStop, own Pod terminating, SIGTERM--> Draining --quiet or deadline--> Released --SIGTERM--> Stopped
 //	Released, and the Pod is not being deleted --container restarted and ready, or grace over and ready--> Online
 //
@@ -30,6 +30,8 @@
 //
 //  1. Only an instance whose endpoint is ready, which nobody holds, which says nothing to the contrary itself, and which is
 //     not being shut down is advertised; one that a guard keeps, as long as its endpoint serves.
+//     While what decides that has not been heard since the agent's start, an instance is neither put into the registry nor
+//     taken out: what an agent before this one left stays until the first word against it, or until its lease ends.
 //  2. One goroutine writes the state ([Machine.Run]); everybody else sends to it.
 //  3. There is one shutdown at a time: every trigger joins the one under way and gets its verdict.
 //  4. Whatever fails makes a shutdown shorter, never longer, and shows in its verdict.

@@ -364,7 +364,7 @@ func (m *Machine) settle() {
 		m.record(t)
 	}
 	m.state, m.cause = d.State, d.Cause
-	m.wasOnline = m.wasOnline || d.State == Online
+	m.wasOnline = m.wasOnline || d.State == Online || d.State == Offline
 
 	// The registry comes first: what follows can wait, a withdrawal can't.
 	want := desire(m.obs, d)
@@ -428,12 +428,15 @@ func (m *Machine) phase() Phase {
 func (m *Machine) registryChanged(now RegistryStatus) {
 	was := m.registry
 	m.registry = now
+	m.wasOnline = m.wasOnline || now.Advertised // as an agent before this one saw it
 	if now.InSync && !m.registrySeen {
 		m.registrySeen = true
 		m.unadvertised = now.Updated // until then there may have been records of an agent before this one
 	}
 	t := Transition{Time: time.Now(), From: m.state, State: m.state}
 	switch {
+	case now.Inherited && !was.Inherited:
+		t.Cause = "found registered under lease " + now.Lease + " of the agent before this one"
 	case now.Advertised && (!was.Advertised || now.Lease != was.Lease):
 		t.Cause = "registered under lease " + now.Lease
 	case was.Advertised && !now.Advertised:

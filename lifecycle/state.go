@@ -6,9 +6,9 @@ import "fmt"
 type State int
 
 const (
-	Pending  State = iota // its endpoint was never ready
+	Pending  State = iota // its endpoint was never ready, or it isn't known yet how it is
 	Online                // its endpoint is ready: advertised
-	Offline               // its endpoint was ready once, and isn't now
+	Offline               // it was online once, and isn't now; or an operator holds it
 	Draining              // withdrawn, requests in flight are waited for
 	Released              // drained, or out of time: SIGTERM may proceed
 	Stopped               // the agent is done

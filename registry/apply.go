@@ -25,6 +25,7 @@ type plan struct {
 	record  Record            // without its Keys
 	wanted  map[string]string // consumer records
 	refused error             // of a format that can't write this instance
+	keep    bool              // lifecycle.Instance.Keep
 }
 
 // apply makes etcd match d. A problem is what only others can mend (a foreign value, a rival, a rule that the instance
@@ -173,6 +174,7 @@ func (r *Registrar) plans(d lifecycle.Desired, farewell bool) (plans []plan, sai
 			ledger:  InstanceKey(r.cfg.Cluster, r.cfg.Namespace, in.Service, r.cfg.Pod),
 			wanted:  map[string]string{},
 			refused: refused,
+			keep:    in.Keep && r.s.hold == nil,
 			record: Record{
 				Owner:     r.owner(d, r.s.lease),
 				Namespace: r.cfg.Namespace, Service: in.Service, Pod: r.cfg.Pod,
@@ -258,7 +260,7 @@ func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem er
 	frozen := map[string]bool{}
 	for _, p := range plans {
 		problem = errors.Join(problem, p.refused)
-		predecessor, err := r.claim(p)
+		before, err := r.claim(p)
 		if err != nil {
 			problem = errors.Join(problem, err)
 			if errors.Is(err, ErrForeign) {
@@ -270,8 +272,18 @@ func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem er
 			}
 			continue
 		}
-		if predecessor.PodUID == r.cfg.PodUID {
-			ours[clientv3.LeaseID(predecessor.Lease)] = true
+		predecessor := clientv3.LeaseID(before.Owner.Lease)
+		if before.Owner.PodUID == r.cfg.PodUID {
+			ours[predecessor] = true
+		}
+		if p.keep && r.inherits(before) {
+			// Not taken over either: under a lease that is renewed they would outlive what is known of the instance.
+			r.s.inherited = predecessor
+			frozen[p.ledger] = true
+			for _, key := range before.Keys {
+				frozen[key] = true
+			}
+			continue
 		}
 		for key, value := range p.wanted {
 			if kn := r.s.known[key]; kn.rev != 0 && !ours[kn.lease] {
@@ -300,22 +312,33 @@ func (r *Registrar) arbitrate(plans []plan) (want map[string]*string, problem er
 	return want, problem
 }
 
-// claim says whether the ledger key of p may be written, and who owned it before.
-func (r *Registrar) claim(p plan) (predecessor Owner, err error) {
+// inherits says whether consumers find the instance by what another agent of this Pod left.
+func (r *Registrar) inherits(before Record) bool {
+	if before.Owner.PodUID != r.cfg.PodUID || before.Owner.Agent == r.agent {
+		return false
+	}
+	return slices.ContainsFunc(before.Keys, func(key string) bool {
+		kn := r.s.known[key]
+		return kn.rev != 0 && kn.lease == clientv3.LeaseID(before.Owner.Lease)
+	})
+}
+
+// claim says whether the ledger key of p may be written, and what is there.
+func (r *Registrar) claim(p plan) (before Record, err error) {
 	kn := r.s.known[p.ledger]
 	if kn.rev == 0 {
-		return Owner{}, nil
+		return Record{}, nil
 	}
 	rec, err := DecodeRecord(p.ledger, []byte(kn.value))
 	if err != nil {
-		return Owner{}, fmt.Errorf("%w: %w; delete it to have the instance registered", ErrForeign, err)
+		return Record{}, fmt.Errorf("%w: %w; delete it to have the instance registered", ErrForeign, err)
 	}
 	switch mine := p.record.Owner; {
 	case rec.Owner.Agent == r.agent:
 	case rec.Owner.PodUID != mine.PodUID && rec.Owner.PodCreated.After(mine.PodCreated):
-		return Owner{}, fmt.Errorf("%w: key %s belongs to a newer Pod of this name, UID %s", ErrSuperseded, p.ledger, rec.Owner.PodUID)
+		return Record{}, fmt.Errorf("%w: key %s belongs to a newer Pod of this name, UID %s", ErrSuperseded, p.ledger, rec.Owner.PodUID)
 	case r.s.held[p.ledger]:
-		return Owner{}, fmt.Errorf("%w: key %s was taken over by agent %s of Pod UID %s", ErrSuperseded, p.ledger, rec.Owner.Agent, rec.Owner.PodUID)
+		return Record{}, fmt.Errorf("%w: key %s was taken over by agent %s of Pod UID %s", ErrSuperseded, p.ledger, rec.Owner.Agent, rec.Owner.PodUID)
 	case rec.Owner.PodUID == mine.PodUID:
 		for _, key := range rec.Keys {
 			if _, ok := r.s.known[key]; !ok {
@@ -324,7 +347,7 @@ func (r *Registrar) claim(p plan) (predecessor Owner, err error) {
 			}
 		}
 	}
-	return rec.Owner, nil
+	return rec, nil
 }
 
 // diff is the transaction that turns what is known into what is wanted.

@@ -19,6 +19,9 @@
 //   - a record of an older Pod of the same name (StatefulSet), told by the Pod's creation time;
 //   - a record of its own Pod that another process wrote before (the agent's container restarted).
 //
+// While it isn't known yet how the instance is ([lifecycle.Instance].Keep), the last of these is left as it is and not
+// taken over: it ends with its lease unless the first word comes sooner.
+//
 // An agent whose record was taken over by another one never writes again while that record is there; it only takes out
 // the consumer records that are under its own lease. A value that is not a [Record], or a consumer key under a lease that
 // is neither its own nor its predecessor's, belongs to somebody else: it is left alone and reported. While such a value

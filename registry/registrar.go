@@ -114,6 +114,8 @@ type session struct {
 	stale    bool             // known is to be read anew before it is relied on
 	held     map[string]bool  // ledger keys that this process has owned
 	revision int64            // of the last transaction
+	// inherited is the lease of the agent before this one, whose records were left as they are; 0: there were none.
+	inherited clientv3.LeaseID
 
 	stopWatch context.CancelFunc
 	watched   []string
@@ -439,20 +441,23 @@ func (r *Registrar) report(state lifecycle.State, gen uint64, problem, err error
 // publish hands out the status, if it is another than before.
 func (r *Registrar) publish(err error) {
 	st := lifecycle.RegistryStatus{InSync: err == nil, Updated: time.Now()}
-	if r.s.lease != 0 {
-		st.Lease = LeaseID(r.s.lease).String()
-	}
 	for _, k := range slices.Sorted(maps.Keys(r.s.known)) {
-		if kn := r.s.known[k]; kn.rev != 0 && kn.lease != 0 && kn.lease == r.s.lease {
+		if kn := r.s.known[k]; kn.rev != 0 && kn.lease != 0 && (kn.lease == r.s.lease || kn.lease == r.s.inherited) {
 			st.Keys = append(st.Keys, k)
 			st.Advertised = st.Advertised || !isLedger(k)
+			st.Inherited = st.Inherited || !isLedger(k) && kn.lease != r.s.lease
 		}
+	}
+	if st.Inherited {
+		st.Lease = LeaseID(r.s.inherited).String()
+	} else if r.s.lease != 0 {
+		st.Lease = LeaseID(r.s.lease).String()
 	}
 	if err != nil {
 		st.Err = err.Error()
 	}
 	old := r.s.status
-	if old.InSync == st.InSync && old.Lease == st.Lease && old.Err == st.Err && slices.Equal(old.Keys, st.Keys) && !old.Updated.IsZero() {
+	if old.InSync == st.InSync && old.Lease == st.Lease && old.Inherited == st.Inherited && old.Err == st.Err && slices.Equal(old.Keys, st.Keys) && !old.Updated.IsZero() {
 		return
 	}
 	r.s.status = st

@@ -496,6 +496,9 @@ func isMultiplexed(p lifecycle.Port) bool {
 func (a *agent) registryChanged(s lifecycle.RegistryStatus) {
 	a.machine.RegistryChanged(s)
 	switch {
+	case s.Inherited && !a.registeredOnce: // no news to whoever reads Events
+		a.registeredOnce = true
+		a.log.Info("found registered by the agent before this one", zap.Strings("keys", s.Keys), zap.String("lease", s.Lease))
 	case s.Advertised && !a.registeredOnce:
 		a.registeredOnce = true
 		a.log.Info("registered", zap.Strings("keys", s.Keys), zap.String("lease", s.Lease))

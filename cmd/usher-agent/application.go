@@ -26,7 +26,7 @@ const holdTimeout = 5 * time.Second
 func (a *agent) newHealth() (err error) {
 	a.health, err = health.New(health.Config{
 		Settings: a.cfg.Health, Ports: a.namedPort, Wrap: func(d probe.Dial) probe.Dial { return a.own.Dial(d) }, OnChange: a.available, Authorized: a.carriesToken,
-		Version: buildVersion(), Logger: a.log.Named("health"),
+		Opening: a.cfg.LeaseTTL, Version: buildVersion(), Logger: a.log.Named("health"),
 	})
 	if err != nil {
 		return err

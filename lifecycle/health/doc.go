@@ -29,11 +29,24 @@
 // upon its own drain would never come back. HTTP and gRPC show them, so that the kubelet's readiness probe of the
 // application may be a question for the group readiness.
 //
+// # Until all have been heard
+//
+// An agent that just started has heard nothing: readiness begins as failure, and HTTP, gRPC and the status say so. But an agent
+// before it may have heard, and registered the instance, so the availability is Undecided (see [lifecycle.Availability]) while it
+// refuses only for want of components and workers that are still silent. It is decided once and for all
+//
+//   - with the first word that is enough: every critical component ready, as many workers as are required, anything that
+//     refuses whatever the others may say: a probe's first failure, the application's own REFUSING_TRAFFIC;
+//   - when the container is restarted: then nothing is left to be inherited;
+//   - as far as reporting workers are waited for, after the TTL of their reports, by which each of them has to be heard again;
+//   - after Config.Opening at the latest, one lease TTL: initialDelaySeconds and probes that can't be carried out don't
+//     prolong it.
+//
 // # Rules
 //
 //  1. A word holds once its PUT is answered, whether Run is about to tell of it or not. Hence a mutex, and no goroutine that
 //     owns the state: an answer must not depend upon a loop that begins later and ends earlier than the listeners.
 //  2. OnChange gets the newest value, from Run's goroutine alone; what came and went in between is skipped.
-//  3. Nothing polls: there is one timer, for the worker whose word expires next, and none without workers.
+//  3. Nothing polls once all is decided: there is one timer, for the worker whose word expires next, and none without workers.
 //  4. A restart of the application's container ends what its processes said, or BROKEN would restart it forever.
 package health

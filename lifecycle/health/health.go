@@ -16,6 +16,14 @@ import (
 	"usher.dev/usher/lifecycle/health/probe"
 )
 
+const (
+	// defaultOpening is the agent's default lease TTL.
+	defaultOpening = 15 * time.Second
+	// lookEvery is how often first results are looked for, as long as they are waited for. A prober tells only what turns its
+	// state, which a first failure doesn't.
+	lookEvery = 100 * time.Millisecond
+)
+
 // Config of a Health.
 type Config struct {
 	Settings
@@ -25,6 +33,9 @@ type Config struct {
 	Ports func(name string) (int, bool)
 	// Wrap is put around the dialling of probes; nil: nothing is.
 	Wrap func(probe.Dial) probe.Dial
+	// Opening is the longest time after New in which the availability may be Undecided; default 15 s. The lease TTL: what an agent
+	// before this one registered ends by then in any case.
+	Opening time.Duration
 	// OnChange is told of the availability from Run's goroutine: first when somebody says anything, then whenever it is
 	// another. It must not block. It never hears of drains and holds.
 	OnChange func(lifecycle.Availability)
@@ -83,6 +94,8 @@ type Health struct {
 	components map[string]*component
 	workers    workers
 	lifecycle  Lifecycle
+	opened     time.Time              // New's
+	decided    bool                   // once and for all: never Undecided again
 	said       lifecycle.Availability // what OnChange is to be told
 	effective  lifecycle.Readiness    // with drains and holds
 	changed    chan struct{}          // closed and replaced at every change of anything
@@ -138,9 +151,12 @@ func New(cfg Config) (*Health, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
+	if cfg.Opening == 0 {
+		cfg.Opening = defaultOpening
+	}
 	h := &Health{
 		cfg: cfg, log: cfg.Logger, groups: gs, wake: make(chan struct{}, 1), changed: make(chan struct{}),
-		components: map[string]*component{}, workers: newWorkers(cfg.Workers),
+		components: map[string]*component{}, workers: newWorkers(cfg.Workers), opened: time.Now(),
 	}
 	for name, c := range cfg.Components {
 		own := &component{Component: c}
@@ -198,8 +214,13 @@ func (h *Health) Run(ctx context.Context) error {
 	var told lifecycle.Availability
 	for {
 		h.mu.Lock()
-		h.expire(time.Now())
+		now := time.Now()
+		h.expire(now)
+		h.look(now)
 		said, next := h.said, h.workers.next
+		if look := now.Add(lookEvery); said.Undecided && (next.IsZero() || look.Before(next)) {
+			next = look
+		}
 		h.mu.Unlock()
 		if said != told {
 			told = said
@@ -273,6 +294,7 @@ func (h *Health) setReadiness(s lifecycle.ReadinessState, cause string) {
 // would have the container restarted again, is dropped in any case. The zero time voids everything.
 func (h *Health) Restarted(cause string, since time.Time) {
 	h.mu.Lock()
+	h.decided = true // it is known how the instance is: it has just begun
 	void := func(said time.Time) bool { return since.IsZero() || said.Before(since) }
 	if h.liveness.state == lifecycle.Broken || void(h.liveness.last) {
 		h.liveness = word[lifecycle.LivenessState]{}
@@ -321,11 +343,48 @@ func (h *Health) expire(now time.Time) {
 	}
 }
 
+// look notices that what was open is decided, where nobody tells of it.
+func (h *Health) look(now time.Time) {
+	if !h.said.Undecided {
+		return
+	}
+	h.workers.summarize()
+	if !h.open(now) {
+		h.evaluate(now)
+	}
+}
+
+// open says whether the availability refuses for nothing but what may still be said for the first time.
+func (h *Health) open(now time.Time) bool {
+	since := now.Sub(h.opened)
+	if _, refusing := h.said.Refusing(); !refusing || h.decided || since >= h.cfg.Opening {
+		return false
+	}
+	v := view{withoutLifecycle: true, hopeful: true, since: since}
+	for _, g := range []*group{h.groups.named[liveness], h.groups.named[readiness]} {
+		if status, _ := h.groupStatus(g, v); failing(status) {
+			return false
+		}
+	}
+	return true
+}
+
+// silent says whether nothing is known against what a prober asks: no run has had a result, or all have succeeded, if less often
+// than the threshold.
+func silent(p *probe.Prober) bool {
+	for _, r := range p.State().Results {
+		if !r.OK && r.Streak > 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // evaluate makes the availability anew, and wakes whoever waits for a change.
 func (h *Health) evaluate(now time.Time) {
 	h.workers.summarize()
 
-	status, cause := h.groupStatus(h.groups.named[liveness], view{asLiveness, true})
+	status, cause := h.groupStatus(h.groups.named[liveness], view{aspect: asLiveness, withoutLifecycle: true})
 	live := lifecycle.Liveness{State: lifecycle.Correct, Cause: cause, Since: now}
 	switch {
 	case status == api.HealthUnknown:
@@ -339,6 +398,8 @@ func (h *Health) evaluate(now time.Time) {
 
 	before := h.said
 	h.said = lifecycle.Availability{Liveness: live, Readiness: h.ready(true, h.said.Readiness, now)}
+	h.said.Undecided = h.open(now)
+	h.decided = h.decided || !h.said.Undecided
 	h.effective = h.ready(false, h.effective, now)
 	if h.said != before {
 		level := zapcore.InfoLevel
@@ -347,7 +408,7 @@ func (h *Health) evaluate(now time.Time) {
 				level = zapcore.WarnLevel
 			}
 		}
-		h.log.Log(level, "availability", zap.String("liveness", string(h.said.Liveness.State)), zap.String("livenessCause", h.said.Liveness.Cause),
+		h.log.Log(level, "availability", zap.Bool("undecided", h.said.Undecided), zap.String("liveness", string(h.said.Liveness.State)), zap.String("livenessCause", h.said.Liveness.Cause),
 			zap.String("readiness", string(h.said.Readiness.State)), zap.String("readinessCause", h.said.Readiness.Cause))
 	}
 	close(h.changed)
@@ -364,7 +425,7 @@ func (h *Health) poke() {
 
 // ready is the group readiness as a state, after before.
 func (h *Health) ready(withoutLifecycle bool, before lifecycle.Readiness, now time.Time) lifecycle.Readiness {
-	status, cause := h.groupStatus(h.groups.named[readiness], view{asReadiness, withoutLifecycle})
+	status, cause := h.groupStatus(h.groups.named[readiness], view{aspect: asReadiness, withoutLifecycle: withoutLifecycle})
 	r := lifecycle.Readiness{State: lifecycle.AcceptingTraffic, Cause: cause, Since: now}
 	switch {
 	case status == api.HealthUnknown:
@@ -382,6 +443,9 @@ func (h *Health) ready(withoutLifecycle bool, before lifecycle.Readiness, now ti
 type view struct {
 	aspect           aspect
 	withoutLifecycle bool
+	// hopeful takes what has not been heard for UP, that long after the start.
+	hopeful bool
+	since   time.Duration
 }
 
 // groupStatus aggregates, and gives the cause of the first member that fails; of one that is UP, the application's own.
@@ -427,12 +491,19 @@ func (h *Health) memberStatus(m member, v view) (status, cause string) {
 		}
 		return api.HealthUp, ""
 	case ofComponent:
-		status, cause = h.components[m.name].status(v.aspect)
+		c := h.components[m.name]
+		if v.hopeful && !c.everReady && silent(c.prober) {
+			return api.HealthUp, ""
+		}
+		status, cause = c.status(v.aspect)
 		if cause != "" {
 			cause = "component " + m.name + ": " + cause
 		}
 		return status, cause
 	case ofWorkers:
+		if v.hopeful && h.workers.open(v.since) {
+			return api.HealthUp, ""
+		}
 		return h.workers.status(v.aspect)
 	}
 	return h.groupStatus(m.group, v)

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"usher.dev/usher/internal/api"
 	"usher.dev/usher/lifecycle/health/probe"
@@ -246,6 +247,14 @@ func (w *Workers) ids() []string {
 		return slices.Sorted(maps.Keys(w.Probes))
 	}
 	return w.IDs
+}
+
+// ttl of a report that has none of its own.
+func (w *Workers) ttl() time.Duration {
+	if w.TTLSeconds == 0 {
+		return defaultTTLSeconds * time.Second
+	}
+	return time.Duration(w.TTLSeconds) * time.Second
 }
 
 // required is how many, and quorum how many of them are enough.

@@ -54,6 +54,9 @@ type workers struct {
 
 	live, up           string // statuses, for liveness and readiness
 	liveCause, upCause string
+	// short is how many are missing for the quorum, and for the master's consent. What may make up for them: unprobed are those
+	// whose probe is silent, unheard the others of whom nothing was heard.
+	short, unprobed, unheard int
 }
 
 func newWorkers(s *Workers) workers {
@@ -84,10 +87,7 @@ func (ws *workers) report(id string, said api.Worker, now time.Time) (changed, s
 	}
 	ttl := said.TTLSeconds
 	if ttl == 0 {
-		ttl = ws.settings.TTLSeconds
-	}
-	if ttl == 0 {
-		ttl = defaultTTLSeconds
+		ttl = int(ws.settings.ttl() / time.Second)
 	}
 	changed = w.state != said.State || w.role != said.Role || w.cause != said.Cause
 	if w.state != said.State {
@@ -176,6 +176,7 @@ func (ws *workers) restarted(void func(time.Time) bool) {
 // summarize makes the two statuses.
 func (ws *workers) summarize() {
 	ws.live, ws.liveCause, ws.up, ws.upCause, ws.silent = api.HealthUnknown, "", api.HealthUp, "", 0
+	ws.short, ws.unprobed, ws.unheard = 0, 0, 0
 	if ws.settings == nil {
 		return
 	}
@@ -194,8 +195,12 @@ func (ws *workers) summarize() {
 			ready++
 		case required:
 			missing = append(missing, id)
+			if w.prober != nil && silent(w.prober) {
+				ws.unprobed++
+			}
 		}
 	}
+	reported := ready + len(missing) // and what was expected of probes
 	for id := range ws.ids {
 		if _, ok := ws.known[id]; !ok {
 			missing = append(missing, id)
@@ -218,9 +223,21 @@ func (ws *workers) summarize() {
 			}
 		}
 	}
+	ws.short, ws.unheard = quorum-ready, max(0, required-reported)
 	if ws.master && !masterReady {
+		ws.short = maxWorkers + 1 // that can't be made up for
 		ws.up, ws.upCause = api.HealthDown, "the master worker is not ready"
 	}
+}
+
+// open says whether those that have not been heard could make up for what is missing, given how long it is since the start: a
+// worker that an agent before this one heard has its TTL to be heard again.
+func (ws *workers) open(since time.Duration) bool {
+	couldBe := ws.unprobed
+	if since < ws.settings.ttl() {
+		couldBe += ws.unheard
+	}
+	return ws.short <= couldBe
 }
 
 // why names some of the workers that are missing.
