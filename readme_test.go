@@ -3,6 +3,8 @@ package usher_test
 import (
 	"flag"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -36,5 +38,26 @@ func TestReadmeManifestsAreTheTestedOnes(t *testing.T) {
 	}
 	if err := os.WriteFile("README.md", []byte(readme), 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// docs/reliability.md has the agent's metrics, each of them and no other.
+func TestReadmeMetricsAreThoseOfTheAgent(t *testing.T) {
+	names := func(path, pattern string) []string {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var found []string
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(string(raw), -1) {
+			found = append(found, m[1])
+		}
+		slices.Sort(found)
+		return slices.Compact(found)
+	}
+	has := names("cmd/usher-agent/metrics.go", `"(usher_[a-z_]+)"`)
+	documented := names("docs/reliability.md", `\b(usher_[a-z_]+)`)
+	if len(has) == 0 || !slices.Equal(has, documented) {
+		t.Errorf("the agent has the metrics\n%q, docs/reliability.md has\n%q", has, documented)
 	}
 }
