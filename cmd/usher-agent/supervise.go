@@ -23,9 +23,18 @@ const exitKilled = 128
 
 // passedOn are the signals that a supervised application gets as if there were nobody between. SIGTERM and SIGINT begin a
 // shutdown first.
+//
+// SIGHUP is left alone where it is ignored already, as under nohup: so it is for the application, too.
 func passedOn() []os.Signal {
-	return []os.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH}
+	signals := []os.Signal{syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH}
+	if !signal.Ignored(syscall.SIGHUP) {
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signals
 }
+
+// supervised keeps the application's signals from ending the agent, for good: before there is an application, and after.
+func supervised(chan<- os.Signal) { signal.Notify(make(chan os.Signal), passedOn()...) }
 
 // child is the application that `usher-agent run -- COMMAND` supervises. It has the agent's standard streams, folder and
 // environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only.
@@ -40,7 +49,11 @@ func startChild(command []string, log *zap.Logger) (*child, error) {
 	c := &child{cmd: exec.Command(command[0], command[1:]...), log: log, done: make(chan struct{})}
 	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// Not by the agent's own channel: what comes there during a drain is somebody's impatience.
+	others := make(chan os.Signal, 8)
+	signal.Notify(others, passedOn()...)
 	if err := c.cmd.Start(); err != nil {
+		signal.Stop(others)
 		return nil, fmt.Errorf("starting the application: %w", err)
 	}
 	log.Info("application started", zap.Strings("command", command), zap.Int("pid", c.cmd.Process.Pid))
@@ -48,6 +61,17 @@ func startChild(command []string, log *zap.Logger) (*child, error) {
 		c.cmd.Wait() // what came of it is in ProcessState
 		log.Info("application exited", zap.Stringer("state", c.cmd.ProcessState))
 		close(c.done)
+	}()
+	go func() {
+		defer signal.Stop(others)
+		for {
+			select {
+			case sig := <-others:
+				c.signal(sig)
+			case <-c.done:
+				return
+			}
+		}
 	}()
 	return c, nil
 }
@@ -147,9 +171,6 @@ func zombies(parent int) []int {
 	}
 	return pids
 }
-
-// supervised asks for the signals that an application would have got, beside those that end the agent.
-func supervised(signals chan<- os.Signal) { signal.Notify(signals, passedOn()...) }
 
 // ends says whether a signal begins a shutdown.
 func ends(sig os.Signal) bool { return !slices.Contains(passedOn(), sig) }

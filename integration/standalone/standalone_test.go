@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -93,6 +94,12 @@ func freePort(t *testing.T) int {
 // run starts `usher-agent run` with the sample application, or with command.
 func run(t *testing.T, flags []string, command ...string) *instance {
 	t.Helper()
+	return runBy(t, nil, flags, command...)
+}
+
+// runBy is run by a program that gets the agent and its arguments as its own last ones.
+func runBy(t *testing.T, by, flags []string, command ...string) *instance {
+	t.Helper()
 	server := etcdtest.Start(t)
 	port, grpcPort, hook, control := freePort(t), freePort(t), freePort(t), freePort(t)
 	i := &instance{
@@ -107,7 +114,8 @@ func run(t *testing.T, flags []string, command ...string) *instance {
 		fmt.Sprintf("--hook-address=127.0.0.1:%d", hook), "--control-address=" + i.control,
 		fmt.Sprintf("--health={components: {web: {readinessProbe: {httpGet: {path: /readyz, port: %d}, periodSeconds: 1, failureThreshold: 1}}}}", port),
 	}, flags...)
-	i.cmd = exec.Command(agentBinary, append(append(args, "--"), command...)...)
+	argv := slices.Concat(by, []string{agentBinary}, args, []string{"--"}, command)
+	i.cmd = exec.Command(argv[0], argv[1:]...)
 	i.cmd.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+server.Endpoint())
 	i.cmd.Stdout, i.cmd.Stderr, i.cmd.WaitDelay = &i.out, &i.out, time.Second
 	stdin, err := i.cmd.StdinPipe()
@@ -227,17 +235,18 @@ func TestProbesDecideWhetherTheInstanceIsRegistered(t *testing.T) {
 	i.hasRecords(1)
 }
 
-func TestSIGTERMReachesTheApplicationAfterItsRequests(t *testing.T) {
-	i := run(t, nil)
-	i.hasRecords(1)
-	type answer struct {
-		at   time.Time
-		code int
-		err  error
-	}
+// answer is what came of a request.
+type answer struct {
+	code int
+	err  error
+}
+
+// slow begins a request that takes 3 s, and returns once it is in flight.
+func (i *instance) slow() <-chan answer {
+	i.t.Helper()
 	answered := make(chan answer, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
-	defer cancel()
+	ctx, cancel := context.WithTimeout(i.t.Context(), soon)
+	i.t.Cleanup(cancel)
 	go func() {
 		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+i.app+"/slow?for=3s", strings.NewReader("x"))
 		if err != nil {
@@ -245,12 +254,12 @@ func TestSIGTERMReachesTheApplicationAfterItsRequests(t *testing.T) {
 			return
 		}
 		resp, err := http.DefaultClient.Do(req)
-		if err == nil {
-			resp.Body.Close()
-			answered <- answer{time.Now(), resp.StatusCode, nil}
+		if err != nil {
+			answered <- answer{err: err}
 			return
 		}
-		answered <- answer{err: err}
+		resp.Body.Close()
+		answered <- answer{code: resp.StatusCode}
 	}()
 	i.eventually("the request is in flight", func() error {
 		resp, err := http.Get("http://" + i.app + "/inflight")
@@ -263,9 +272,21 @@ func TestSIGTERMReachesTheApplicationAfterItsRequests(t *testing.T) {
 		}
 		return nil
 	})
-	if err := i.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
+	return answered
+}
+
+func (i *instance) signal(s os.Signal) {
+	i.t.Helper()
+	if err := i.cmd.Process.Signal(s); err != nil {
+		i.t.Fatal(err)
 	}
+}
+
+func TestSIGTERMReachesTheApplicationAfterItsRequests(t *testing.T) {
+	i := run(t, nil)
+	i.hasRecords(1)
+	answered := i.slow()
+	i.signal(syscall.SIGTERM)
 	i.hasRecords(0)
 	select {
 	case a := <-answered:
@@ -279,6 +300,22 @@ func TestSIGTERMReachesTheApplicationAfterItsRequests(t *testing.T) {
 	if out := i.out.String(); !strings.Contains(out, `"inFlight":0`) || !strings.Contains(out, "dying at once") {
 		t.Error("the application doesn't say that it died with nothing in flight")
 	}
+}
+
+// Only a second SIGTERM or SIGINT is somebody's impatience. systemd sends SIGHUP right behind SIGTERM (SendSIGHUP=), and a
+// terminal SIGWINCH whenever.
+func TestOtherSignalsDoNotCutTheDrainShort(t *testing.T) {
+	i := run(t, nil)
+	i.hasRecords(1)
+	answered := i.slow()
+	i.signal(syscall.SIGTERM)
+	i.signal(syscall.SIGWINCH)
+	i.hasRecords(0)
+	i.signal(syscall.SIGWINCH)
+	if a := <-answered; a.err != nil || a.code != http.StatusOK {
+		t.Errorf("the request in flight was lost: %d %v", a.code, a.err)
+	}
+	i.exits(143)
 }
 
 func TestRecordsGoWithTheApplication(t *testing.T) {
@@ -296,15 +333,20 @@ func TestRecordsGoWithTheApplication(t *testing.T) {
 func TestOtherSignalsArePassedOn(t *testing.T) {
 	i := run(t, nil, "sh", "-c", `trap 'echo got HUP' HUP; trap 'echo got TERM; exit 3' TERM; echo set; while :; do sleep 0.1; done`)
 	i.says("set")
-	if err := i.cmd.Process.Signal(syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
+	i.signal(syscall.SIGHUP)
 	i.says("got HUP")
-	if err := i.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	i.signal(syscall.SIGTERM)
 	i.exits(3)
 	i.says("got TERM")
+}
+
+// What nohup(1) does is for the application, too.
+func TestHangupThatIsIgnoredStaysIgnored(t *testing.T) {
+	i := runBy(t, []string{"sh", "-c", `trap "" HUP; exec "$0" "$@"`}, nil, "sh", "-c", "echo set; read line; exit 5")
+	i.says("set")
+	i.signal(syscall.SIGHUP)
+	i.stdin.Close()
+	i.exits(5)
 }
 
 func TestSignalThatEndsTheApplicationIsInTheExitCode(t *testing.T) {
