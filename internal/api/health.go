@@ -73,5 +73,5 @@ type Hold struct {
 	Reason  string    `json:"reason"`
 	Actor   string    `json:"actor,omitempty"`
 	Since   time.Time `json:"since,omitzero"`   // in answers only
-	Expires time.Time `json:"expires,omitzero"` // zero: until it is taken back
+	Expires time.Time `json:"expires,omitzero"` // in an order the default is an hour from now; at most 7 days
 }
