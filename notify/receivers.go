@@ -167,6 +167,9 @@ func (rs *Receivers) deliver(ctx context.Context, r *receiver, e api.Event) {
 			log.Debug("told", zap.Int("attempt", attempt))
 			return
 		}
+		if r.newest && attempt == 1 { // which may never be given up
+			log.Warn("could not be told, tried again until it is or there is something newer", zap.Error(err))
+		}
 		log.Debug("could not be told", zap.Int("attempt", attempt), zap.Error(err))
 		if !rs.again(ctx, r, e, attempt, err) {
 			r.counters.Failed.Add(1)

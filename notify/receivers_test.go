@@ -533,6 +533,9 @@ func TestStateFileIsTriedUntilItIsWrittenOrOvertaken(t *testing.T) {
 	if n := rs.StateFile.Failed.Load(); n != 0 {
 		t.Errorf("%d given up, though nothing newer is there", n)
 	}
+	if n := logs.Filter(func(e observer.LoggedEntry) bool { return e.Level == zapcore.WarnLevel }).Len(); n != 1 {
+		t.Errorf("%d warnings of a file that is stale, want one", n)
+	}
 	publish(h, 1, 1)
 	until(t, "the first is given up for the second", func() bool { return rs.StateFile.Failed.Load() == 1 })
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -565,6 +568,9 @@ func TestBadSettingsAreNamed(t *testing.T) {
 		{hook(`"url":"http://a","timeout":"20s"`), []string{"notify.webhooks[1].deadline", `"10s"`, "20s"}},
 		{hook(`"url":"http://a","headers":{"A B":"x"}`), []string{"notify.webhooks[1].headers", `"A B"`, "letters"}},
 		{hook(`"url":"http://a","headers":{"A":"hunter2\nB: x"}`), []string{"notify.webhooks[1].headers", "A", "one line"}},
+		{hook(`"url":"http://a","headers":{"X-Token":"hunter2","x-token":"b"}`), []string{"notify.webhooks[1].headers", `"x-token"`, "twice"}},
+		{hook(`"url":"http://a:65536/"`), []string{"notify.webhooks[1].url", "http://a:65536/", "port from 1 to 65535"}},
+		{hook(`"url":"https://a:0/"`), []string{"notify.webhooks[1].url", "https://a:0/", "port from 1 to 65535"}},
 		{`{"commands":[{}]}`, []string{"notify.commands[0].command", "[]", "a program"}},
 		{`{"commands":[{"command":[""]}]}`, []string{"notify.commands[0].command", "a program"}},
 		{`{"commands":[{"command":["a\u0000b"]}]}`, []string{"notify.commands[0].command", "NUL"}},

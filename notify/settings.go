@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -73,8 +74,14 @@ func (s Settings) Validate() error {
 		if err == nil && derr == nil && deadline < timeout {
 			check(fmt.Errorf("%q: want at least the timeout of one attempt, %s", deadline, timeout), "webhooks[%d].deadline", i)
 		}
+		seen := map[string]bool{}
 		for _, name := range slices.Sorted(maps.Keys(w.Headers)) {
 			check(checkHeader(name, w.Headers[name]), "webhooks[%d].headers", i)
+			if lower := strings.ToLower(name); seen[lower] {
+				check(fmt.Errorf("%q: is there twice: case makes no difference", name), "webhooks[%d].headers", i)
+			} else {
+				seen[lower] = true
+			}
 		}
 	}
 	for i, c := range s.Commands {
@@ -105,6 +112,11 @@ func checkURL(text string) error {
 	}
 	if u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
 		return fmt.Errorf("%q: want an http or https URL with a host, such as http://127.0.0.1:8080/usher", u.Redacted())
+	}
+	if p := u.Port(); p != "" {
+		if n, err := strconv.ParseUint(p, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("%q: want a port from 1 to 65535", u.Redacted())
+		}
 	}
 	return nil
 }
