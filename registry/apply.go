@@ -42,7 +42,7 @@ func (r *Registrar) apply(ctx context.Context, d lifecycle.Desired) (problem, er
 	farewell := d.State == lifecycle.Draining
 	for range maxRounds {
 		if r.s.lease == 0 {
-			if err := r.grant(ctx); err != nil {
+			if err := r.grant(ctx, d); err != nil {
 				return nil, err
 			}
 		}

@@ -31,7 +31,7 @@ const (
 	revokeTimeout  = 2 * time.Second
 	firstBackoff   = 50 * time.Millisecond
 	maxBackoff     = 5 * time.Second
-	// lostLeaseSpread spreads the return of agents that all lost their leases in one etcd outage.
+	// lostLeaseSpread spreads the return of agents that all lost their leases in one etcd outage. Each waits once.
 	lostLeaseSpread = time.Second
 	// minPause keeps somebody who changes a watched key all the time from being answered at his own pace.
 	minPause = 50 * time.Millisecond
@@ -109,6 +109,7 @@ type session struct {
 	leases    map[clientv3.LeaseID]bool // all that this process was granted
 	lost      chan struct{}             // closed when the lease is lost; nil without one
 	stopLease context.CancelFunc
+	late      bool // the last one was lost, and the wait of returnLate is still to come
 
 	known    map[string]known // keys as last seen; one that is missing is taken for absent, and the transaction proves it
 	stale    bool             // known is to be read anew before it is relied on
@@ -297,8 +298,7 @@ func (r *Registrar) Run(ctx context.Context) error {
 			attempts.reset()
 		case <-r.s.lost:
 			r.loseLease()
-			retry.Reset(mrand.N(lostLeaseSpread))
-			continue
+			r.s.late = true
 		case ev := <-r.s.events:
 			if ev.err != nil {
 				if watches.fresh() {
@@ -465,8 +465,8 @@ func (r *Registrar) publish(err error) {
 }
 
 // grant gets a lease and keeps it alive.
-func (r *Registrar) grant(ctx context.Context) error {
-	if err := r.returnLate(ctx); err != nil {
+func (r *Registrar) grant(ctx context.Context, d lifecycle.Desired) error {
+	if err := r.returnLate(ctx, d); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -483,21 +483,21 @@ func (r *Registrar) grant(ctx context.Context) error {
 		defer close(lost)
 		r.renew(keep, cli, resp.ID, asked)
 	}()
-	r.s.lease, r.s.lost, r.s.stopLease = resp.ID, lost, stop
+	r.s.lease, r.s.lost, r.s.stopLease, r.s.late = resp.ID, lost, stop, false
 	r.s.leases[resp.ID] = true
 	r.Counters.LeasesGranted.Add(1)
 	r.log.Debug("lease granted", zap.Stringer("lease", LeaseID(resp.ID)), zap.Duration("ttl", r.cfg.TTL))
 	return nil
 }
 
-// returnLate is for an agent that had a lease and lost it together with the connection: it waits until etcd is there
-// again, and then at random for up to lostLeaseSpread, so that not all agents that one outage hit return at once. News of
-// what is desired ends that wait.
-func (r *Registrar) returnLate(ctx context.Context) error {
-	conn := r.s.cli.ActiveConnection()
-	if len(r.s.leases) == 0 || conn.GetState() == connectivity.Ready {
+// returnLate is for an agent that had a lease and lost it: it waits until etcd is there again, and then at random for up to
+// lostLeaseSpread, so that not all agents that one outage hit return at once. News of what is desired ends that wait, and
+// whoever has nothing to advertise does without: a withdrawal can't wait.
+func (r *Registrar) returnLate(ctx context.Context, d lifecycle.Desired) error {
+	if !r.s.late {
 		return nil
 	}
+	conn := r.s.cli.ActiveConnection()
 	ready, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	conn.Connect()
@@ -505,6 +505,10 @@ func (r *Registrar) returnLate(ctx context.Context) error {
 		if !conn.WaitForStateChange(ready, s) {
 			return fmt.Errorf("getting a lease: %w", r.unanswered(ready.Err()))
 		}
+	}
+	r.s.late = false
+	if !d.Advertised() {
+		return nil
 	}
 	select {
 	case <-time.After(mrand.N(lostLeaseSpread)):
