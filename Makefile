@@ -18,10 +18,10 @@ help: ## Show this list
 build: ## Build bin/usher-agent, bin/usher-prestop and bin/usherctl
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
-demo: ## Watch a rolling update lose nothing, on a real Kubernetes (root; KEEP=1 leaves the cluster up)
+demo: ## Watch a rolling update lose nothing, on a real Kubernetes (root; KEEP=1 leaves all up)
 	@cd integration && go run ./cmd/demo $(if $(KEEP),--keep)
 
-test: test-unit test-conformance test-integration ## Run every test but Traefik's: unit, with real readers, on a real etcd, end to end on a real Kubernetes
+test: test-unit test-conformance test-integration ## Run all tests but Traefik's: unit, real readers, a real etcd, end to end on a real Kubernetes
 
 test-unit: deps ## Run the unit tests
 	go test -race ./...
@@ -36,10 +36,10 @@ test-conformance: deps ## Run the tests with the real readers of the record form
 test-traefik: ## Run the tests with a real Traefik (its first build takes 5 to 10 minutes on two cores)
 	cd integration/conformance && go test -v -timeout 30m ./proxy
 
-test-faults: deps ## Run the faults of etcd, network, credentials and agent that test-integration runs too, and print their table
+test-faults: deps ## Run the faults of etcd, network, credentials and the agent alone, and print their table
 	cd integration/faults && go test -race -count 1 -timeout 20m
 
-check: ## Check format, vet, lint, go.mod and the import rules
+check: ## Check format, vet, lint, go.mod files and the import rules
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
 	@for m in $(CODE); do echo "vet and lint: $$m"; (cd $$m && go vet ./... && $(LINT) ./...); done
 	@for m in $(MODULES); do echo "tidy: $$m"; (cd $$m && go mod tidy -diff); done
@@ -51,10 +51,10 @@ fmt: ## Format the code
 cluster: ## Bring a real Kubernetes and a registry up, and print how to use them (root)
 	@cd integration && go run ./cmd/cluster up
 
-cluster-down: ## Take them down
+cluster-down: ## Take that cluster down
 	@cd integration && go run ./cmd/cluster down
 
-bench: ## Measure the figures that README and the targets speak of (root)
+bench: ## Measure what Usher adds and costs, and print README's table of figures (root)
 	@cd integration && go run ./cmd/bench
 
 bench-rollout: ## Compare what rolling updates lose: without a hook, with sleeps, with Usher; and draw docs/rollout.svg (root)
@@ -63,7 +63,7 @@ bench-rollout: ## Compare what rolling updates lose: without a hook, with sleeps
 soak: ## Replace pods under load, 30 times and more, and lose nothing (root; ROLLOUTS=N)
 	@cd integration && go run ./cmd/soak $(if $(ROLLOUTS),--rollouts $(ROLLOUTS))
 
-clean: ## Remove what was built
+clean: ## Remove the programs that were built
 	rm -rf bin
 
 # The race detector needs a C compiler.

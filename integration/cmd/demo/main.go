@@ -363,10 +363,12 @@ func (d *demo) cleanUp(ctx context.Context, finished bool) error {
 		d.screen.println(fmt.Sprintf(`The cluster is up, with the sample application in namespace %s:
   export KUBECONFIG=%s
   export ETCDCTL_ENDPOINTS=%s
-  export PATH=%s:$PATH   # kubectl, etcdctl
-Remove the application: kubectl delete namespace %s
+  export PATH=%s:%s:$PATH   # usherctl; kubectl, etcdctl
+Watch the registry:     usherctl -n %[1]s watch
+Roll out once more:     kubectl -n %[1]s rollout restart deployment %[6]s
+Remove the application: kubectl delete namespace %[1]s
 Take the cluster down:  make cluster-down
-`, namespace, d.stack.Kubeconfig(), d.stack.RegistryEndpoint(), filepath.Dir(d.stack.Kubectl()), namespace))
+`, namespace, d.stack.Kubeconfig(), d.stack.RegistryEndpoint(), filepath.Dir(d.stack.Programs.Ctl), filepath.Dir(d.stack.Kubectl()), service))
 		return d.stack.Etcd.Close()
 	}
 	var err error
