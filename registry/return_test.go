@@ -10,6 +10,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
@@ -40,7 +41,7 @@ func lostLease(t *testing.T, advertise bool) time.Duration {
 	etcdserverpb.RegisterLeaseServer(s, etcd)
 	go s.Serve(ln)
 	defer s.Stop()
-	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{"passthrough:///etcd"}, DialOptions: []grpc.DialOption{
+	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{"passthrough:///etcd"}, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return ln.DialContext(ctx) }),
 	}})
