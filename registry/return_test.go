@@ -74,7 +74,7 @@ func lostLease(t *testing.T, advertise bool) time.Duration {
 // One wait is enough for the spread, and each further one is time in which consumers don't find the instance.
 func TestReturnAfterALostLeaseIsSpreadOnce(t *testing.T) {
 	var shortest, longest time.Duration
-	for i := range 40 { // of two waits 20 took longer than one may, in the mean
+	for i := range 40 { // with two waits, half of these would be longer than one may be
 		synctest.Test(t, func(t *testing.T) {
 			took := lostLease(t, true)
 			if i == 0 {

@@ -151,8 +151,10 @@ func (a *agent) orderHold(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusOK, api.Hold{Reason: h.Reason, Actor: h.Actor, Since: h.Since, Expires: h.Expires})
 	case http.MethodPut:
 		var order api.Hold
-		if err := readBody(w, r, &order); err != nil {
-			fail(err.code, err)
+		// Since is passed over, so that what a GET has answered may be PUT again.
+		body := api.Fields{"reason": &order.Reason, "actor": &order.Actor, "since": &order.Since, "expires": &order.Expires}
+		if err := body.Read(w, r); err != nil {
+			badBody(w, err)
 			return
 		}
 		h, err := a.registrar.Hold(ctx, lifecycle.Hold{Reason: order.Reason, Actor: order.Actor, Expires: order.Expires})

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -39,8 +38,6 @@ const (
 	// headerTimeout and maxHeader keep slow and large callers from holding the agent's memory.
 	headerTimeout = 5 * time.Second
 	maxHeader     = 16 << 10
-	// maxBody is far above any order, and below what would hurt.
-	maxBody = 64 << 10
 )
 
 // hook is what is counted and known about hook calls.
@@ -255,8 +252,8 @@ func (a *agent) prestop(trusted bool) http.HandlerFunc {
 // release ends the wait of the shutdown under way.
 func (a *agent) release(w http.ResponseWriter, r *http.Request) {
 	var order api.Release
-	if err := readBody(w, r, &order); err != nil {
-		answer(w, err.code, api.Error{Error: err.Error()})
+	if err := (api.Fields{"actor": &order.Actor}).ReadOptional(w, r); err != nil {
+		badBody(w, err)
 		return
 	}
 	if a.machine.Status().State != lifecycle.Draining {
@@ -270,28 +267,13 @@ func (a *agent) release(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusAccepted)
 }
 
-// badBody is a body that is refused, and the status that says so.
-type badBody struct {
-	code int
-	error
-}
-
-// readBody decodes a JSON body strictly; no body at all leaves into as it is.
-func readBody(w http.ResponseWriter, r *http.Request, into any) *badBody {
-	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
-	dec.DisallowUnknownFields()
-	err := dec.Decode(into)
-	if err == nil && dec.More() {
-		err = errors.New("more than one JSON value")
+// badBody refuses a body.
+func badBody(w http.ResponseWriter, err error) {
+	code := http.StatusBadRequest
+	if bad := new(api.BodyError); errors.As(err, &bad) {
+		code = bad.Code
 	}
-	var large *http.MaxBytesError
-	switch {
-	case err == nil, errors.Is(err, io.EOF):
-		return nil
-	case errors.As(err, &large):
-		return &badBody{http.StatusRequestEntityTooLarge, fmt.Errorf("body: want at most %d bytes", large.Limit)}
-	}
-	return &badBody{http.StatusBadRequest, fmt.Errorf("body: %w", err)}
+	answer(w, code, api.Error{Error: err.Error()})
 }
 
 // admit says whether a call is the kubelet's, by a token or by what it would be calling for.

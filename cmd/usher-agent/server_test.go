@@ -217,6 +217,45 @@ func TestHookTakesGetAndPostOnly(t *testing.T) {
 	})
 }
 
+// Availability and workers are decoded by the same means; their tests are the health package's.
+func TestOrdersAreReadToTheLetter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newTestAgent(t, zap.NewNop())
+		synctest.Wait()
+		order := map[string]http.HandlerFunc{http.MethodPut: a.orderHold, http.MethodPost: a.release}
+		for _, tc := range []struct {
+			method, body string
+			code         int
+			want         string
+		}{
+			{http.MethodPut, `{"Reason": "x"}`, 400, `field \"Reason\": there is none; want actor, expires, reason, since`},
+			{http.MethodPut, `{"reason": "x", "reason": "y"}`, 400, `field \"reason\": is there twice`},
+			{http.MethodPut, `{"reason": "x", "for": "1h"}`, 400, `field \"for\": there is none`},
+			{http.MethodPut, `{"reason": 1}`, 400, `field \"reason\": 1; want a string`},
+			{http.MethodPut, `{"reason": "x", "expires": "tomorrow"}`, 400, `want a time like \"2026-01-31T12:00:00Z\"`},
+			{http.MethodPut, `{"reason": "x", "expires": null}`, 400, `field \"expires\": null; want a time like`},
+			{http.MethodPut, `{"reason": "x"} {}`, 400, "goes on after its JSON object"},
+			{http.MethodPut, ``, 400, "is no JSON object; want one with actor, expires, reason, since"},
+			{http.MethodPut, strings.Repeat(" ", api.MaxBody+1), 413, "is larger than 65536 bytes"},
+			// Good ones get as far as the registry, which is not there.
+			{http.MethodPut, `{"reason": "x", "actor": "ann", "since": "2026-03-01T12:00:00Z", "expires": "2026-03-01T13:00:00Z"}`, 503, "not connected"},
+			{http.MethodPost, `{"Actor": "ann"}`, 400, `field \"Actor\": there is none; want actor`},
+			{http.MethodPost, `{"actor": "ann", "actor": "bob"}`, 400, "is there twice"},
+			{http.MethodPost, `{"reason": "x"}`, 400, "there is none"},
+			{http.MethodPost, `ann`, 400, "is no JSON object"},
+			{http.MethodPost, `{"actor": "ann"}`, 409, "nothing to release"},
+			{http.MethodPost, `{}`, 409, "nothing to release"},
+			{http.MethodPost, ``, 409, "nothing to release"},
+		} {
+			w := httptest.NewRecorder()
+			order[tc.method](w, httptest.NewRequest(tc.method, "/", strings.NewReader(tc.body)))
+			if w.Code != tc.code || !strings.Contains(w.Body.String(), tc.want) {
+				t.Errorf("%s %.80s: %d %s, want %d %s", tc.method, tc.body, w.Code, w.Body, tc.code, tc.want)
+			}
+		}
+	})
+}
+
 // listening is an agent that serves on free addresses.
 func listening(t *testing.T, change func(*config)) (*agent, error) {
 	a := newTestAgent(t, zap.NewNop())

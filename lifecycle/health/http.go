@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
 	"slices"
@@ -15,9 +14,6 @@ import (
 	"usher.dev/usher/lifecycle"
 	"usher.dev/usher/lifecycle/health/probe"
 )
-
-// maxBody of a request, in bytes.
-const maxBody = 64 << 10
 
 // Routes adds the handlers: those that read to both, those that change something to control alone. Either may be nil.
 func (h *Health) Routes(hook, control *http.ServeMux) {
@@ -235,7 +231,7 @@ func (h *Health) availability(w http.ResponseWriter, r *http.Request) {
 	}
 	if r.Method == http.MethodPut {
 		var said api.Availability
-		if !read(w, r, fields{"state": &said.State, "cause": &said.Cause}) {
+		if !read(w, r, api.Fields{"state": &said.State, "cause": &said.Cause}) {
 			return
 		}
 		good, bad := string(lifecycle.Correct), string(lifecycle.Broken)
@@ -288,7 +284,7 @@ func (h *Health) worker(w http.ResponseWriter, r *http.Request) {
 	}
 	said := api.Worker{Role: api.RoleWorker}
 	if r.Method == http.MethodPut {
-		if !read(w, r, fields{"state": &said.State, "role": &said.Role, "cause": &said.Cause, "ttlSeconds": &said.TTLSeconds}) {
+		if !read(w, r, api.Fields{"state": &said.State, "role": &said.Role, "cause": &said.Cause, "ttlSeconds": &said.TTLSeconds}) {
 			return
 		}
 		said.Cause = cut(said.Cause)
@@ -350,68 +346,13 @@ func (h *Health) ask(method, id string, said api.Worker) (api.Worker, error) {
 	return w.answer(id), nil
 }
 
-// fields of a request's body, by their names in JSON: pointers to string or int.
-type fields map[string]any
-
 // read takes in a body, or refuses it.
-func read(w http.ResponseWriter, r *http.Request, into fields) bool {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		refuse(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("body: is larger than %d bytes, which is the most there may be", maxBody))
-		return false
+func read(w http.ResponseWriter, r *http.Request, into api.Fields) bool {
+	err := into.Read(w, r)
+	if bad := new(api.BodyError); errors.As(err, &bad) {
+		refuse(w, bad.Code, err.Error())
 	}
-	if err == nil {
-		err = into.decode(body)
-	}
-	if err != nil {
-		refuse(w, http.StatusBadRequest, "body: "+err.Error())
-		return false
-	}
-	return true
-}
-
-// decode takes one JSON object and nothing else: no other fields, none twice, names to the letter. encoding/json alone would let
-// pass the last two.
-func (f fields) decode(body []byte) error {
-	names := strings.Join(slices.Sorted(maps.Keys(f)), ", ")
-	dec := json.NewDecoder(strings.NewReader(string(body)))
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return fmt.Errorf("is no JSON object; want one with %s", names)
-	}
-	seen := map[string]bool{}
-	for dec.More() {
-		t, err := dec.Token()
-		if err != nil {
-			return fmt.Errorf("is no JSON: %w", err)
-		}
-		name, _ := t.(string)
-		into, known := f[name]
-		switch {
-		case !known:
-			return fmt.Errorf("field %.80q: there is none; want %s", name, names)
-		case seen[name]:
-			return fmt.Errorf("field %q: is there twice", name)
-		}
-		seen[name] = true
-		var raw json.RawMessage
-		if err := dec.Decode(&raw); err != nil {
-			return fmt.Errorf("field %q: is no JSON: %w", name, err)
-		}
-		if err := json.Unmarshal(raw, into); err != nil || string(raw) == "null" {
-			want := "a string"
-			if _, ok := into.(*int); ok {
-				want = "a whole number"
-			}
-			return fmt.Errorf("field %q: %.80s; want %s", name, raw, want)
-		}
-	}
-	if _, err := dec.Token(); err != nil {
-		return fmt.Errorf("is no JSON: %w", err)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("goes on after its JSON object; want that alone")
-	}
-	return nil
+	return err == nil
 }
 
 func method(w http.ResponseWriter, r *http.Request, allowed ...string) bool {

@@ -219,7 +219,7 @@ func TestBadRequestsAreRefusedAndChangeNothing(t *testing.T) {
 		{"PUT", "/v1/workers/w", `{"state": "NOT_READY", "ttlSeconds": 99999999999999999999}`, 400, `want a whole number`},
 		{"PUT", "/v1/workers/w", `{"state": "NOT_READY", "ttlSeconds": "10s"}`, 400, `want a whole number`},
 		{"PUT", "/v1/workers/w", `{"state": "NOT_READY", "id": "w"}`, 400, `field \"id\": there is none; want cause, role, state, ttlSeconds`},
-		{"PUT", "/v1/workers/w", strings.Repeat(" ", maxBody) + `{"state": "NOT_READY"}`, 413, "body: is larger than 65536 bytes"},
+		{"PUT", "/v1/workers/w", strings.Repeat(" ", api.MaxBody) + `{"state": "NOT_READY"}`, 413, "body: is larger than 65536 bytes"},
 		{"PATCH", "/v1/workers/w", `{}`, 405, "method PATCH: want GET or PUT or DELETE"},
 		{"GET", "/v1/workers/x", ``, 404, "worker x: no such worker"},
 		{"POST", "/health", ``, 405, "method POST: want GET or HEAD"},
