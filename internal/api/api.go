@@ -1,5 +1,5 @@
 // Package api is the agent's HTTP surface as its callers see it: paths, headers, defaults and bodies. The agent,
-// usher-prestop and usherctl share it. It imports the standard library only, for usher-prestop's sake.
+// usher-prestop and package client share it. It imports the standard library only, for the sake of those two.
 package api
 
 import "time"
