@@ -27,6 +27,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -112,8 +113,9 @@ func New(cfg Config) (*Client, error) {
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
+	port, err := strconv.ParseUint(u.Port(), 10, 16)
 	switch {
-	case u.Scheme == "http" && u.Hostname() != "" && u.Port() != "" && strings.Trim(u.Path, "/") == "":
+	case u.Scheme == "http" && u.Hostname() != "" && err == nil && port > 0 && strings.Trim(u.Path, "/") == "":
 		c.base = "http://" + u.Host
 	case u.Scheme == "unix" && u.Host == "" && filepath.IsAbs(u.Path):
 		c.base = "http://agent"

@@ -39,6 +39,7 @@ func TestAddress(t *testing.T) {
 		"": true, "http://127.0.0.1:7401": true, "http://127.0.0.1:7401/": true, "http://[::1]:7401": true, "unix:///run/usher/agent.sock": true,
 		"127.0.0.1:7401": false, "https://127.0.0.1:7401": false, "http://127.0.0.1": false, "http://127.0.0.1:7401/x": false,
 		"http://u:p@h:1": false, "unix://agent.sock": false, "unix:agent.sock": false, "/run/agent.sock": false, "http://h:1?x": false, ":": false,
+		"http://h:65536": false, "http://h:0": false,
 	} {
 		_, err := New(Config{Address: address})
 		if good != (err == nil) || err != nil && (!strings.Contains(err.Error(), fmt.Sprintf("%q", address)) || !strings.Contains(err.Error(), "unix:///")) {

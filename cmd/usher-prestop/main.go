@@ -70,6 +70,7 @@ import (
 	"net/url"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -259,8 +260,10 @@ func (c *config) setAgent(agent string) error {
 		return nil
 	}
 	u, err := url.Parse(agent)
-	if err != nil || u.Scheme != "http" || u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" ||
-		u.Hostname() == "" || u.Port() == "" {
+	if err != nil || u.Scheme != "http" || u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" || u.Hostname() == "" {
+		return errors.New(want)
+	}
+	if n, err := strconv.ParseUint(u.Port(), 10, 16); err != nil || n == 0 {
 		return errors.New(want)
 	}
 	c.network, c.address, c.host = "tcp", u.Host, u.Host

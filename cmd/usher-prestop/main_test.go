@@ -304,6 +304,8 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 		{nil, []string{"--agent", "https://a:1"}, `--agent is "https://a:1"`},
 		{nil, []string{"--agent", "http://a"}, `--agent is "http://a"`},
 		{nil, []string{"--agent", "http://a:1/prestop"}, `--agent is "http://a:1/prestop"`},
+		{nil, []string{"--agent", "http://a:65536"}, `--agent is "http://a:65536"`},
+		{nil, []string{"--agent", "http://a:0"}, `--agent is "http://a:0"`},
 		{nil, []string{"--agent", "unix://agent.sock"}, `--agent is "unix://agent.sock"`},
 		{[]string{"USHER_AGENT=agent"}, nil, `USHER_AGENT is "agent"`},
 		{nil, []string{"--timeout", "5"}, `"5"`},
