@@ -22,9 +22,9 @@ import (
 	"usher.dev/usher/integration/stack"
 )
 
-const usage = `Measures Usher on a real Kubernetes and a real etcd, next to what the bare API server and etcd take, and what
-registrations cost an etcd of their own, and what a drain costs and misses, and prints a table. Needs root. It uses the cluster that is up, or brings one up
-and takes it down again. Other load on the machine shows in the figures.
+const usage = `Measures Usher on a real Kubernetes and a real etcd, next to what the bare API server and etcd take, what registrations
+cost an etcd of their own, and what a drain costs and misses, and prints a table. Needs root. It uses the cluster that is
+up, or brings one up and takes it down again. Other load on the machine shows in the figures.
 
 Usage: bench [flags]
 
