@@ -171,6 +171,9 @@ func (f *follower) tell(ctx context.Context, e api.Event) error {
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = outputDelay
 	err = cmd.Run()
+	if os.Getpid() == 1 {
+		reap()
+	}
 	switch {
 	case errors.Is(err, exec.ErrWaitDelay):
 		return nil // it is done, and has left something running that holds a pipe
@@ -178,6 +181,15 @@ func (f *follower) tell(ctx context.Context, e api.Event) error {
 		return context.Cause(ctx)
 	}
 	return err
+}
+
+// reap ends what commands left to the first process of the container, as far as it has exited. No command is running.
+func reap() {
+	for {
+		if pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil); err != nil || pid == 0 {
+			return
+		}
+	}
 }
 
 // complaint is the last trouble reported.

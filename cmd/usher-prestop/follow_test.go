@@ -303,6 +303,41 @@ func TestFollowKillsACommandThatHangsWithAllItStarted(t *testing.T) {
 	until(t, "the end of the command's child", func() bool { return over(child) })
 }
 
+// As the first process of its container it inherits what commands leave behind, which would stay as zombies for good.
+func TestFollowAsFirstProcessReapsWhatCommandsLeave(t *testing.T) {
+	h, agent := hub(t, "tcp")
+	script := `case $USHER_EVENT in
+online)
+	echo begin; true &
+	while read -r stat < /proc/$!/stat; do case $stat in *") Z "*) exec true;; esac; done;;
+*)
+	cat /proc/[0-9]*/stat | grep -c ") Z ";;
+esac`
+	cmd := exec.Command("/bin/sh", "-c", `mount -t proc proc /proc && exec "$0" follow --agent "$1" -- /bin/sh -c "$2"`, binary, agent, script)
+	cmd.SysProcAttr = ownProcesses()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	publish(h, api.EventOnline)
+	said := lines(out)
+	if got := next(t, said); got != "begin" {
+		t.Fatalf("said %q", got)
+	}
+	publish(h, api.EventOffline)
+	if n := next(t, said); n != "0" {
+		t.Errorf("%s zombies are left", n)
+	}
+}
+
 func TestSignalEndsFollowingOnceTheCommandIsDone(t *testing.T) {
 	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		t.Run(s.String(), func(t *testing.T) {

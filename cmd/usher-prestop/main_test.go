@@ -340,18 +340,24 @@ func TestHelpAndVersion(t *testing.T) {
 	}
 }
 
+// ownProcesses has a command be process 1 of a namespace of its own, and lets it mount /proc.
+func ownProcesses() *syscall.SysProcAttr {
+	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
+	if os.Getuid() != 0 {
+		a.Cloneflags |= syscall.CLONE_NEWUSER
+		a.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+	}
+	a.Unshareflags = syscall.CLONE_NEWNS // makes the mount private
+	return a
+}
+
 // The shell is process 1 of a namespace of its own, as an application is in its container: what the hook prints goes
 // to a file that nobody reads (in a subshell, so that the shell's own output stays where it is), and the verdict must still show up where the shell's own output goes.
 func TestLogToPID1ReachesTheContainersLog(t *testing.T) {
 	agent := serve(t, "tcp", answer(200, verdict(api.Drained, "drained in 1.3s", 0)))
 	cmd := exec.CommandContext(t.Context(), "/bin/sh", "-c",
 		`mount -t proc proc /proc && (exec "$0" --agent "$1" --log-to-pid1 >/dev/null); echo "code $?"`, binary, agent)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
-	if os.Getuid() != 0 {
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
-	}
-	cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // makes the mount private
+	cmd.SysProcAttr = ownProcesses()
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
