@@ -234,12 +234,21 @@ func TestHTTPRules(t *testing.T) {
 			t.Errorf("got %v, %q, %v", got, output, err)
 		}
 	})
-	t.Run("http.go: no proxy", func(t *testing.T) {
-		h := newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTP"}, "x", "", at(1), patience, dialer().DialContext)
-		if h.client.Transport.(*transport).tls.Proxy != nil {
-			t.Error("there is a proxy")
-		}
-	})
+	for scheme, app := range map[string]*webApp{"HTTP": app, "HTTPS": secure} {
+		t.Run("http.go: no proxy for "+scheme, func(t *testing.T) {
+			t.Setenv("HTTP_PROXY", "http://127.0.0.1:1")
+			t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+			h := newHTTPHandler(HTTPGet{Path: "/", Scheme: scheme}, "shop.example", "", at(8080), patience, func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if addr != "shop.example:8080" {
+					t.Errorf("dials %s, want shop.example:8080", addr)
+				}
+				return dialer().DialContext(ctx, network, app.Listener.Addr().String())
+			})
+			if got, output, err := h.probe(t.Context()); got != success {
+				t.Errorf("got %v, %q, %v", got, output, err)
+			}
+		})
+	}
 }
 
 func TestEndOfRunEndsARequest(t *testing.T) {

@@ -52,17 +52,7 @@ func newHTTPHandler(spec HTTPGet, host, agent string, port func() (int, error), 
 	} else if h.header.Get("Accept") == "" {
 		h.header.Del("Accept")
 	}
-	h.client = http.Client{CheckRedirect: checkRedirect, Transport: &transport{dial: dial, tls: http.Transport{
-		// Proxy is nil, which is none, whatever the environment says.
-		// Resuming the session of the run before, unlike the kubelet, saves a third of the CPU time of a handshake.
-		TLSClientConfig:    &tls.Config{InsecureSkipVerify: true, ClientSessionCache: tls.NewLRUClientSessionCache(1)},
-		DisableKeepAlives:  true,
-		DisableCompression: true, // no Accept-Encoding
-		DialContext:        dial,
-		// The other two are as in http.DefaultTransport, from which the kubelet takes them.
-		ForceAttemptHTTP2:   true,
-		TLSHandshakeTimeout: 10 * time.Second,
-	}}}
+	h.client = http.Client{CheckRedirect: checkRedirect, Transport: newTransport(host, dial)}
 	return h
 }
 
@@ -116,50 +106,88 @@ func (h *httpHandler) probe(ctx context.Context) (verdict, string, error) {
 	return success, h.output.String(), nil
 }
 
-// maxRead of a plain http connection, in bytes (http.Transport.MaxResponseHeaderBytes: its default for the header).
+// maxRead of a connection with HTTP/1.1, in bytes (http.Transport.MaxResponseHeaderBytes: its default for the header).
 const maxRead = 10 << 20
 
-// transport makes each request over a connection of its own. One of plain http is written and its answer read by the caller's
+// transport makes each request over a connection of its own. With HTTP/1.1 it is written and its answer read by the caller's
 // goroutine: http.Transport has two more for each connection, whose stacks and wake-ups cost as much again as all the rest of
 // a run. What goes over the connection is net/http's in either case. It is for one request after the other, whose
 // answer's body was closed before the next one.
 type transport struct {
-	// tls is for https, where HTTP/2 may be agreed on.
-	tls  http.Transport
 	dial Dial
+	tls  tlsClient
 	in   *bufio.Reader
 	out  *bufio.Writer
+	// http2 speaks over the connection that has shaken hands.
+	http2  http.Transport
+	shaken *tls.Conn
+}
+
+func newTransport(host string, dial Dial) *transport {
+	t := &transport{dial: dial, tls: newTLSClient(host)}
+	t.http2 = http.Transport{
+		DisableCompression: true, // no Accept-Encoding
+		ForceAttemptHTTP2:  true,
+		DialTLSContext:     func(context.Context, string, string) (net.Conn, error) { return t.shaken, nil },
+	}
+	return t
 }
 
 // RoundTrip is http.RoundTripper's. Closing the answer's body closes the connection.
 func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme != "http" {
-		return t.tls.RoundTrip(req)
+	res, err := t.roundTrip(req)
+	if err != nil && req.Context().Err() != nil {
+		err = req.Context().Err()
 	}
+	return res, err
+}
+
+func (t *transport) roundTrip(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()
-	port := req.URL.Port()
-	if port == "" {
+	port, plain := req.URL.Port(), req.URL.Scheme == "http"
+	switch {
+	case port == "" && plain:
 		port = "80"
+	case port == "":
+		port = "443"
 	}
-	conn, err := t.dial(ctx, "tcp", net.JoinHostPort(req.URL.Hostname(), port))
+	addr := net.JoinHostPort(req.URL.Hostname(), port)
+	if plain {
+		conn, err := t.dial(ctx, "tcp", addr)
+		if err != nil {
+			return nil, err
+		}
+		return t.exchange(req, conn, interruptible(ctx, conn))
+	}
+	conn, stop, err := t.tls.connect(ctx, t.dial, addr)
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	res, err := t.exchange(req, conn)
+	if conn.ConnectionState().NegotiatedProtocol == "h2" {
+		t.shaken = conn
+		return t.exchangeHTTP2(req, addr, stop)
+	}
+	return t.exchange(req, conn, stop)
+}
+
+// interruptible makes conn's reads and writes end with ctx, until stop is called.
+func interruptible(ctx context.Context, conn net.Conn) (stop func() bool) {
+	return context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+}
+
+// exchange is one of HTTP/1.1.
+func (t *transport) exchange(req *http.Request, conn net.Conn, stop func() bool) (*http.Response, error) {
+	res, err := t.ask(req, conn)
 	if err != nil {
 		stop()
 		_ = conn.Close()
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
-		}
 		return nil, err
 	}
-	res.Body = &body{res.Body, ctx, conn, stop}
+	res.Body = &body{res.Body, req.Context(), conn, stop}
 	return res, nil
 }
 
-func (t *transport) exchange(req *http.Request, conn net.Conn) (*http.Response, error) {
+func (t *transport) ask(req *http.Request, conn net.Conn) (*http.Response, error) {
 	if t.in == nil {
 		t.in, t.out = bufio.NewReaderSize(nil, 1<<10), bufio.NewWriterSize(nil, 1<<10)
 	}
@@ -182,11 +210,29 @@ func (t *transport) exchange(req *http.Request, conn net.Conn) (*http.Response, 
 	}
 }
 
+// exchangeHTTP2 is left to net/http, goroutines and all: it is no small thing.
+func (t *transport) exchangeHTTP2(req *http.Request, addr string, stop func() bool) (*http.Response, error) {
+	client, err := t.http2.NewClientConn(req.Context(), "https", addr)
+	if err != nil {
+		stop()
+		_ = t.shaken.Close()
+		return nil, err
+	}
+	res, err := client.RoundTrip(req)
+	if err != nil {
+		stop()
+		_ = client.Close()
+		return nil, err
+	}
+	res.Body = &body{res.Body, req.Context(), client, stop}
+	return res, nil
+}
+
 // body is an answer's.
 type body struct {
 	io.Reader
 	ctx  context.Context
-	conn net.Conn
+	conn io.Closer
 	stop func() bool
 }
 
