@@ -44,18 +44,34 @@ const (
 	maxBackoff   = 2 * time.Second
 )
 
-// What is said and answered.
+// What is said and answered, as the agent has it in JSON.
 type (
-	Event         = api.Event
-	EventType     = api.EventType
+	// Event is one change of what is decided: Type, State, Cause and Time; Deadline with draining, Verdict with released.
+	Event     = api.Event
+	EventType = api.EventType
+	// Verdict is how a shutdown ended: Outcome, Message, InFlight, the milliseconds of each step, and what each source saw.
 	Verdict       = api.Verdict
 	SourceVerdict = api.SourceVerdict
 	Outcome       = api.Outcome
-	Availability  = api.Availability
-	Worker        = api.Worker
-	Hold          = api.Hold
-	Health        = api.Health
-	Status        = api.Status
+	// Availability is liveness or readiness: State, Cause, and Since.
+	Availability = api.Availability
+	// Worker is what one process says of itself: State, Role, Cause, and TTLSeconds, for how long that stands.
+	Worker = api.Worker
+	// Hold keeps the instance offline: Reason, Actor, and Expires, an hour from now unless given.
+	Hold = api.Hold
+	// Health is Status, one of those below, with Components by name.
+	Health = api.Health
+	// Status is the agent's account of itself: State, Endpoints, Registry, Problems, the Trail of decisions, and more.
+	Status = api.Status
+)
+
+// The statuses of a [Health]. Degraded is of a component that fails and that the application can do without.
+const (
+	HealthUp           = api.HealthUp
+	HealthDegraded     = api.HealthDegraded
+	HealthDown         = api.HealthDown
+	HealthOutOfService = api.HealthOutOfService
+	HealthUnknown      = api.HealthUnknown
 )
 
 // The types of events.

@@ -3,6 +3,7 @@ package client_test
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"time"
@@ -63,4 +64,28 @@ func ExampleClient_Worker() {
 	if err != nil {
 		fmt.Println(err) // the agent knows no such worker
 	}
+}
+
+// A service that the application can do without is asked for, and done without.
+func ExampleClient_Health() {
+	agent := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { // stands for the agent here
+		fmt.Fprintln(w, `{"status": "DEGRADED"}`)
+	}))
+	defer agent.Close()
+
+	c, err := client.New(client.Config{Address: agent.URL})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	reviews, err := c.Health(context.Background(), "reviews")
+	switch {
+	case err != nil:
+		fmt.Println(err)
+	case reviews.Status == client.HealthUp:
+		fmt.Println("reviews are shown")
+	default:
+		fmt.Println("reviews are", reviews.Status, "and left out")
+	}
+	// Output: reviews are DEGRADED and left out
 }
