@@ -48,5 +48,5 @@
 //     owns the state: an answer must not depend upon a loop that begins later and ends earlier than the listeners.
 //  2. OnChange gets the newest value, from Run's goroutine alone; what came and went in between is skipped.
 //  3. Nothing polls once all is decided: there is one timer, for the worker whose word expires next, and none without workers.
-//  4. A restart of the application's container ends what its processes said, or BROKEN would restart it forever.
+//  4. A restart of the application's container ends what its processes said, or BROKEN would restart it for ever.
 package health
