@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"usher.dev/usher/client"
 )
@@ -19,12 +20,17 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	report := func() {
-		if err := c.SetReadiness(ctx, true, "caches are warm"); err != nil {
-			log.Print(err)
+	report := func() { // until the agent has heard it
+		for ctx.Err() == nil {
+			err := c.SetReadiness(ctx, true, "caches are warm")
+			if err == nil {
+				return
+			}
+			log.Printf("%v, trying again", err)
+			time.Sleep(time.Second)
 		}
 	}
-	report()
+	go report()
 	working := false // on what nobody waits for: queues, timers
 	for e, err := range c.Events(ctx) {
 		if err != nil {
@@ -32,7 +38,7 @@ func main() {
 			continue
 		}
 		if e.Missed {
-			report() // to an agent that was restarted
+			go report() // to an agent that was restarted
 		}
 		working = e.Type == client.EventOnline || working && e.Type != client.EventDraining
 		fmt.Printf("%s: %s; background work: %t\n", e.Type, e.Cause, working)

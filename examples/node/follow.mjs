@@ -1,8 +1,10 @@
 // Follows what the Usher agent decides about this instance. Node 18 or newer, no library.
 const agent = process.env.USHER_AGENT ?? 'http://127.0.0.1:7401';
 
+const pause = () => new Promise((again) => setTimeout(again, 500 + Math.random() * 500));
+
 async function* events(last = '') {
-  for (;; await new Promise((again) => setTimeout(again, 500 + Math.random() * 500))) {
+  for (;; await pause()) {
     try {
       const answer = await fetch(`${agent}/v1/events`, { headers: last ? { 'Last-Event-ID': last } : {} });
       if (!answer.ok) throw new Error(await answer.text());
@@ -21,14 +23,21 @@ async function* events(last = '') {
   }
 }
 
-const report = (state, cause) =>
-  fetch(`${agent}/v1/availability/readiness`, { method: 'PUT', body: JSON.stringify({ state, cause }) })
-    .catch((error) => console.error(`usher: ${error.message}`));
+async function report(state, cause) { // until the agent has heard it
+  for (;; await pause()) {
+    try {
+      const answer = await fetch(`${agent}/v1/availability/readiness`, { method: 'PUT', body: JSON.stringify({ state, cause }) });
+      const text = await answer.text();
+      if (answer.ok) return;
+      throw new Error(text);
+    } catch (error) { console.error(`usher: ${error.message}, trying again`); }
+  }
+}
 
-await report('ACCEPTING_TRAFFIC', 'caches are warm');
+report('ACCEPTING_TRAFFIC', 'caches are warm');
 let working = false; // on what nobody waits for: queues, timers
 for await (const { type, cause, missed } of events()) {
-  if (missed) await report('ACCEPTING_TRAFFIC', 'caches are warm'); // to an agent that was restarted
+  if (missed) report('ACCEPTING_TRAFFIC', 'caches are warm'); // to an agent that was restarted
   if (type === 'online') working = true;
   if (type === 'draining') working = false;
   console.log(`${type}: ${cause}; background work: ${working}`);

@@ -47,7 +47,8 @@ type agent struct {
 	readiness chan string
 	streams   atomic.Int64 // ever begun
 	cut       chan struct{}
-	half      atomic.Bool // streams end in the middle of their first event
+	half      atomic.Bool  // streams end in the middle of their first event
+	refusals  atomic.Int64 // how often the readiness is still refused
 }
 
 // halfWriter lets half of the first event through, and ends the connection.
@@ -77,6 +78,10 @@ func newAgent(t *testing.T, address string) *agent {
 	})
 	mux.HandleFunc("PUT "+api.AvailabilityPath+"readiness", func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
+		if a.refusals.Add(-1) >= 0 {
+			http.Error(w, `{"error":"not yet"}`, http.StatusServiceUnavailable)
+			return
+		}
 		a.readiness <- strings.ReplaceAll(string(body), " ", "")
 	})
 	ln, err := net.Listen("tcp", address)
@@ -133,10 +138,13 @@ func TestExamplesFollowTheAgent(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a := newAgent(t, "127.0.0.1:0")
+			a.refusals.Store(2) // what is said too early is said again
 			a.publish(api.EventOffline)
 			cmd := command(t)
 			cmd.Dir = root
-			cmd.Env = append(os.Environ(), "USHER_AGENT="+a.url)
+			// A proxy is for what is outside of the pod.
+			const nowhere = "=http://127.0.0.1:9"
+			cmd.Env = append(os.Environ(), "USHER_AGENT="+a.url, "http_proxy"+nowhere, "HTTP_PROXY"+nowhere, "NODE_USE_ENV_PROXY=1", "no_proxy=", "NO_PROXY=")
 			next := start(t, cmd)
 
 			next("offline: why: offline; background work: false")
