@@ -17,7 +17,14 @@ func (a *app) getInstances() *cobra.Command {
 		Short:   "Show the instances of a Service, or of all Services",
 		Long: `Show the instances of a Service, or of all Services of the namespace.
 
-AGE is how long the instance has been in its state. A ledger value that is no record shows as Unreadable.`,
+  Pending   not in the registry: it was never ready yet
+  Online    in the registry: consumers send it requests
+  Offline   out of the registry, and it may come back: not ready, or held
+  Draining  out of the registry; it answers the requests that it still has
+  Released  owes no answer any more, or is out of time: SIGTERM may come
+  Stopped   its agent has ended
+
+AGE is how long the instance has been in its state. A value in etcd that is no record shows as Unreadable.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: a.reading("SERVICE", func(ctx context.Context, c *registry.Catalog, explain func(error) error, service string) error {
