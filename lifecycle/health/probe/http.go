@@ -164,8 +164,7 @@ func (t *transport) roundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	if conn.ConnectionState().NegotiatedProtocol == "h2" {
-		t.shaken = conn
-		return t.exchangeHTTP2(req, addr, stop)
+		return t.exchangeHTTP2(req, conn, addr, stop)
 	}
 	return t.exchange(req, conn, stop)
 }
@@ -201,6 +200,11 @@ func (t *transport) ask(req *http.Request, conn net.Conn) (*http.Response, error
 	if err := t.out.Flush(); err != nil {
 		return nil, err
 	}
+	if conn, ok := conn.(*tlsConn); ok {
+		if err := conn.cork.remove(); err != nil {
+			return nil, err
+		}
+	}
 	for {
 		res, err := http.ReadResponse(t.in, req)
 		// 100, 102 and 103 go before the answer.
@@ -211,11 +215,16 @@ func (t *transport) ask(req *http.Request, conn net.Conn) (*http.Response, error
 }
 
 // exchangeHTTP2 is left to net/http, goroutines and all: it is no small thing.
-func (t *transport) exchangeHTTP2(req *http.Request, addr string, stop func() bool) (*http.Response, error) {
-	client, err := t.http2.NewClientConn(req.Context(), "https", addr)
+func (t *transport) exchangeHTTP2(req *http.Request, conn *tlsConn, addr string, stop func() bool) (*http.Response, error) {
+	t.shaken = conn.Conn
+	err := conn.cork.remove()
+	var client *http.ClientConn
+	if err == nil {
+		client, err = t.http2.NewClientConn(req.Context(), "https", addr)
+	}
 	if err != nil {
 		stop()
-		_ = t.shaken.Close()
+		_ = conn.Close()
 		return nil, err
 	}
 	res, err := client.RoundTrip(req)

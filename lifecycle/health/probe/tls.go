@@ -17,24 +17,24 @@ const (
 	fullEvery = 10
 )
 
-// tlsClient shakes hands as the kubelet does, which verifies nothing (probe/http/http.go: New), at about half of what that costs:
-//   - It offers P-256 alone, which TLS 1.3 makes everyone have (RFC 8446, 9.1). The hybrid with a post-quantum key exchange that is
-//     Go's first choice would cost more than all else in a handshake, to keep what a probe asks from those who record it for later.
+// tlsClient shakes hands as the kubelet does, which verifies nothing (probe/http/http.go: New), at about half of what that
+// costs:
+//   - It offers P-256 alone, which TLS 1.3 makes everyone have (RFC 8446, 9.1). Go's first choice, a hybrid with a post-quantum
+//     key exchange, costs more than all else in a handshake, to keep what a probe asks from those who record it for later.
 //   - It resumes the session of the run before, which spares both sides the certificate.
 //
 // A server that refuses this is asked again at once, on a new connection, with all that the kubelet would offer and nothing to
 // resume. Only its refusal of that counts.
 type tlsClient struct {
 	p256, whole *tls.Config
-	session     *session
 	// wants is what the server last agreed to.
 	wants *tls.Config
 }
 
 func newTLSClient(host string) tlsClient {
-	c := tlsClient{session: &session{}}
+	var c tlsClient
 	c.whole = &tls.Config{
-		ServerName: host, InsecureSkipVerify: true, ClientSessionCache: c.session, NextProtos: []string{"h2", "http/1.1"},
+		ServerName: host, InsecureSkipVerify: true, ClientSessionCache: &session{}, NextProtos: []string{"h2", "http/1.1"},
 	}
 	c.p256 = c.whole.Clone()
 	c.p256.CurvePreferences = []tls.CurveID{tls.CurveP256}
@@ -42,11 +42,16 @@ func newTLSClient(host string) tlsClient {
 	return c
 }
 
-// connect gives a connection that has shaken hands, and ends with ctx until stop is called.
-func (c *tlsClient) connect(ctx context.Context, dial Dial, addr string) (conn *tls.Conn, stop func() bool, err error) {
+// tlsConn has shaken hands. Its last part and what is written next wait in the cork until that is removed.
+type tlsConn struct {
+	*tls.Conn
+	cork *corked
+}
+
+// connect gives a connection that ends with ctx until stop is called.
+func (c *tlsClient) connect(ctx context.Context, dial Dial, addr string) (conn *tlsConn, stop func() bool, err error) {
 	conn, stop, err = handshake(ctx, dial, addr, c.wants)
 	if refused := new(net.OpError); errors.As(err, &refused) && refused.Op == "remote error" {
-		c.session.forget()
 		if conn, stop, err = handshake(ctx, dial, addr, c.whole); err == nil {
 			c.wants = c.whole
 		}
@@ -54,13 +59,13 @@ func (c *tlsClient) connect(ctx context.Context, dial Dial, addr string) (conn *
 	return conn, stop, err
 }
 
-func handshake(ctx context.Context, dial Dial, addr string, cfg *tls.Config) (*tls.Conn, func() bool, error) {
+func handshake(ctx context.Context, dial Dial, addr string, cfg *tls.Config) (*tlsConn, func() bool, error) {
 	raw, err := dial(ctx, "tcp", addr)
 	if err != nil {
 		return nil, nil, err
 	}
 	cork := &corked{Conn: raw}
-	conn := tls.Client(cork, cfg)
+	conn := &tlsConn{tls.Client(cork, cfg), cork}
 	_ = raw.SetDeadline(time.Now().Add(handshakeTimeout)) // before interruptible's, which may be at once
 	stop := interruptible(ctx, raw)
 	err = conn.HandshakeContext(context.Background()) // ctx would cost a goroutine
@@ -71,10 +76,8 @@ func handshake(ctx context.Context, dial Dial, addr string, cfg *tls.Config) (*t
 	if err == nil {
 		err = ctx.Err() // whose deadline may just have been taken away
 	}
-	if err == nil && conn.ConnectionState().NegotiatedProtocol == "h2" {
-		err = cork.remove()
-	}
 	if err != nil {
+		_ = cork.flush() // the alert, if there is one
 		stop()
 		_ = raw.Close()
 		return nil, nil, err
@@ -82,9 +85,9 @@ func handshake(ctx context.Context, dial Dial, addr string, cfg *tls.Config) (*t
 	return conn, stop, nil
 }
 
-// session is the newest of a server. It is given out fullEvery-1 times: a server that resumes sessions needs no certificate,
-// so that one which has lost its own would never be noticed. The full handshake that fails leaves no session behind, and the next
-// one is full again, so that failures add up to failureThreshold.
+// session is the newest of a server. It is given out fullEvery-1 times: a server that resumes sessions needs no certificate, so
+// that one which has lost its own would never be noticed. A full handshake that fails leaves no session behind, and the next
+// one is full again, so that failures add up to failureThreshold. After a resumption that fails crypto/tls puts nil.
 type session struct {
 	mu    sync.Mutex // with HTTP/2 the connection's goroutine puts
 	state *tls.ClientSessionState
@@ -111,8 +114,6 @@ func (s *session) Put(_ string, state *tls.ClientSessionState) {
 	s.state = state
 }
 
-func (s *session) forget() { s.Put("", nil) }
-
 // corked holds back what is written until an answer to it is to be read, so that messages that follow one another take one
 // system call and one packet. It is for one goroutine, until it is removed.
 type corked struct {
@@ -137,12 +138,7 @@ func (c *corked) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-// Close writes what is left, as far as it goes.
-func (c *corked) Close() error {
-	_ = c.flush()
-	return c.Conn.Close()
-}
-
+// remove writes what is held back; nothing will be any more.
 func (c *corked) remove() error {
 	c.removed = true
 	return c.flush()

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http/httptest"
 	"slices"
@@ -20,6 +21,7 @@ func secureApp(t *testing.T, change func(*tls.Config)) *webApp {
 	return newWebApp(t, func(s *httptest.Server) {
 		s.EnableHTTP2 = true
 		s.TLS = &tls.Config{}
+		s.Config.ErrorLog = log.New(io.Discard, "", 0) // it is told of every handshake that fails
 		change(s.TLS)
 		s.StartTLS()
 	})
@@ -208,29 +210,84 @@ func TestServerThatRefusesEveryHandshakeIsAskedTwice(t *testing.T) {
 	}
 }
 
-func TestConnectionIsClosedAsTLSWantsIt(t *testing.T) {
-	certificate := httptest.NewUnstartedServer(nil)
-	certificate.StartTLS()
-	certificate.Close()
-	ended := make(chan error, 1)
-	addr := rawServer(t, func(raw net.Conn) {
-		conn := tls.Server(raw, certificate.TLS.Clone())
-		defer conn.Close()
-		if _, err := conn.Read(make([]byte, 1<<10)); err != nil {
-			ended <- err
-			return
+func TestServerThatRefusesResumptionIsUp(t *testing.T) {
+	app := secureApp(t, func(c *tls.Config) {
+		c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			if slices.Contains(hello.Extensions, 41) { // pre_shared_key
+				return nil, errors.New("I don't know you")
+			}
+			return nil, nil
 		}
-		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-		_, err := conn.Read(make([]byte, 1))
-		ended <- err
 	})
-	run, _ := askSecurely(addr)
+	run, dialled := askSecurely(app.Listener.Addr().String())
+	for range 3 {
+		if got, output, err := run(t.Context()); got != success {
+			t.Fatal(got, output, err)
+		}
+	}
+	if n := dialled.Load(); n != 5 {
+		t.Errorf("%d connections, want one, and two for each run that had a session", n)
+	}
+}
+
+// received counts the bytes that were read.
+type received struct {
+	net.Conn
+	n int
+}
+
+func (r *received) Read(p []byte) (int, error) {
+	n, err := r.Conn.Read(p)
+	r.n += n
+	return n, err
+}
+
+// pairOf is a certificate with its key.
+func pairOf(t *testing.T) *tls.Config {
+	t.Helper()
+	s := httptest.NewUnstartedServer(nil)
+	s.StartTLS()
+	s.Close()
+	return &tls.Config{Certificates: s.TLS.Certificates}
+}
+
+func TestConnectionIsClosedAsTLSWantsIt(t *testing.T) {
+	config, notified := pairOf(t), make(chan bool, 1)
+	run, _ := askSecurely(rawServer(t, func(raw net.Conn) {
+		counted := &received{Conn: raw}
+		conn := tls.Server(counted, config)
+		_, _ = conn.Read(make([]byte, 1<<10))
+		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		before := counted.n
+		_, err := conn.Read(make([]byte, 1))
+		notified <- err == io.EOF && counted.n > before
+	}))
 	if got, output, err := run(t.Context()); got != success || output != "ok" {
 		t.Fatal(got, output, err)
 	}
-	if err := <-ended; err != io.EOF {
-		t.Errorf("the server read %v, want EOF after a close_notify", err)
+	if !<-notified {
+		t.Error("the server got no close_notify")
 	}
+}
+
+func TestHandshakeTimeoutIsNotTheAnswers(t *testing.T) {
+	config := pairOf(t)
+	synctest.Test(t, func(t *testing.T) {
+		h := newHTTPHandler(HTTPGet{Path: "/", Scheme: "HTTPS"}, "127.0.0.1", "", at(1), time.Minute, func(context.Context, string, string) (net.Conn, error) {
+			mine, theirs := net.Pipe()
+			go func() {
+				conn := tls.Server(theirs, config)
+				_, _ = conn.Read(make([]byte, 1<<10))
+				time.Sleep(handshakeTimeout + time.Second)
+				io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+				io.Copy(io.Discard, theirs)
+			}()
+			return mine, nil
+		})
+		if got, output, err := h.probe(t.Context()); got != success || output != "ok" {
+			t.Errorf("got %v, %q, %v", got, output, err)
+		}
+	})
 }
 
 func TestHandshakeIsNotWaitedForLongerThanTheKubeletDoes(t *testing.T) {
