@@ -17,9 +17,9 @@ import (
 
 const (
 	floodCallers = 200
-	// floodPace is the shortest time from one call of a caller to its next: 4,000 calls a second leave a machine of two
+	// floodPace is the shortest time from one call of a caller to its next: 2,000 calls a second leave a machine of two
 	// cores some of its time.
-	floodPace = 50 * time.Millisecond
+	floodPace = 100 * time.Millisecond
 	floodSlow = 12 // connections of each slow kind
 	// floodAtMost ends a flood that nobody ends.
 	floodAtMost = time.Minute

@@ -34,6 +34,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"usher.dev/usher/integration/app/wire"
 )
 
 // statusSIGTERM is what a shell reports for a process that SIGTERM ended: 128 + 15.
@@ -222,6 +224,7 @@ func run(cfg config, log *slog.Logger) (int, error) {
 			}
 			log.Info("draining", "signal", sig.String(), "inFlight", srv.inFlight.Load())
 			srv.setReady(false)
+			time.AfterFunc(wire.LetGoAfter, srv.letGo) // nobody can ask for it any more
 			ctx, cancel := context.WithTimeout(context.Background(), cfg.drainTimeout)
 			defer cancel()
 			var wg sync.WaitGroup

@@ -86,7 +86,10 @@ func (s *server) handler() http.Handler {
 	mux.Handle("POST "+wire.UploadPath, s.counted(s.upload))
 	mux.Handle("PUT "+wire.UploadPath, s.counted(s.upload))
 	mux.Handle("POST "+wire.PendingPath, s.counted(s.wait))
-	mux.HandleFunc("PUT "+wire.PendingPath, s.letGo)
+	mux.HandleFunc("PUT "+wire.PendingPath, func(w http.ResponseWriter, _ *http.Request) {
+		s.letGo()
+		fmt.Fprintln(w, s.pod)
+	})
 	for path, knob := range map[string]struct {
 		state *atomic.Bool
 		set   func(bool)
@@ -174,12 +177,11 @@ func (s *server) wait(w http.ResponseWriter, r *http.Request, _ int64) {
 	fmt.Fprintln(w, s.pod)
 }
 
-func (s *server) letGo(w http.ResponseWriter, _ *http.Request) {
+func (s *server) letGo() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	close(s.pending)
 	s.pending = make(chan struct{})
-	fmt.Fprintln(w, s.pod)
 }
 
 func (s *server) stream(w http.ResponseWriter, r *http.Request, _ int64) {

@@ -23,23 +23,49 @@ import (
 	"usher.dev/usher/internal/api"
 )
 
-// drainedBeforeSIGTERM checks a pod's end that had a request in flight: withdrawn, answered, and only then SIGTERM.
+// drainedBeforeSIGTERM checks a pod's end that has a request in flight: withdrawn, answered, and only then SIGTERM.
 func (p *pod) drainedBeforeSIGTERM(since time.Time, slow <-chan answer) {
 	p.t.Helper()
 	withdrawn := p.withdrawn(since)
-	answered := p.answered(slow)
-	died := p.logged(appName, "dying at once")
+	p.longerThanIdle()
+	answered := p.finish(slow)
+	died := p.diedDrained()
 	p.t.Logf("withdrawn after %v, answered after %v, SIGTERM after %v", withdrawn.Sub(since), answered.Sub(since), died.at.Sub(since))
-	if withdrawn.After(answered) || died.at.Before(answered) || died.fields()["inFlight"] != 0.0 {
+	if died.at.Before(answered) {
 		p.t.Errorf("the application got SIGTERM with a request in flight: %s", died.text)
 	}
 }
+
+// diedDrained waits for the application's SIGTERM, which must find nothing in flight.
+func (p *pod) diedDrained() line {
+	p.t.Helper()
+	died := p.logged(appName, "dying at once")
+	if died.fields()["inFlight"] != 0.0 {
+		p.t.Errorf("the application got SIGTERM with a request in flight: %s", died.text)
+	}
+	return died
+}
+
+// releasedSoonAfter checks that nothing but the requests in flight has held a release back, for as long as time-outs take.
+func (p *pod) releasedSoonAfter(answered time.Time) line {
+	p.t.Helper()
+	released := p.logged(agentName, `"released"`)
+	p.t.Logf("released %v after the last answer: %s", released.at.Sub(answered), released.text)
+	if released.at.Before(answered) || released.at.Sub(answered) > releaseLag {
+		p.t.Errorf("released %v after the last answer, want at most %v", released.at.Sub(answered), releaseLag)
+	}
+	return released
+}
+
+// releaseLag is far above what a release takes (half a second; how exact that is, benchmarks measure), since the machine
+// may be busy, and far below what is left of a grace period of 30 s.
+const releaseLag = 8 * time.Second
 
 func TestEvictedPodIsDrained(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	slow := p.request(3 * time.Second)
+	slow := p.pending()
 	evicted := time.Now()
 	err := sp.s.Client.CoreV1().Pods(sp.name).EvictV1(sp.ctx, &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: p.name, Namespace: sp.name}})
 	if err != nil {
@@ -63,13 +89,13 @@ func TestContainerThatFailsItsStartupProbeIsReleasedAndComesOnline(t *testing.T)
 	p := sp.start("shop", func(p parts) {
 		p.app.StartupProbe = &corev1.Probe{
 			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Host: address.IP.String(), Port: intstr.FromInt(address.Port)}},
-			PeriodSeconds: 1, FailureThreshold: 2,
+			PeriodSeconds: 1, TimeoutSeconds: 5, FailureThreshold: 2,
 		}
 		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/usher-prestop", "--log-to-pid1"}}}
 	})
 	p.logged(agentName, "hook call")
 	released := p.logged(agentName, `"released"`)
-	if total := released.duration("total"); total > 3*time.Second {
+	if total := released.duration("total"); total > releaseLag {
 		t.Errorf("an instance that nobody knows of was released after %v", total)
 	}
 	p.logged(appName, "dying at once")
@@ -85,14 +111,15 @@ func TestHookCallsJoinOneDrain(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	slow := p.request(4 * time.Second)
+	slow := p.pending()
 	deleted := p.delete(0)
 	p.withdrawn(deleted)
 	p.logged(agentName, "hook call") // the kubelet's
+	const more = 5
 	var mu sync.Mutex
 	var verdicts []api.Verdict
 	var calls sync.WaitGroup
-	for range 5 {
+	for range more {
 		calls.Go(func() {
 			code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", "")
 			var v api.Verdict
@@ -108,7 +135,13 @@ func TestHookCallsJoinOneDrain(t *testing.T) {
 			mu.Unlock()
 		})
 	}
-	p.answered(slow)
+	p.eventually(soon, "all calls have come", func() error {
+		if n := len(p.logs.find(p.name, agentName, "hook call")); n < more+1 {
+			return fmt.Errorf("%d have", n)
+		}
+		return nil
+	})
+	p.finish(slow)
 	calls.Wait()
 	for _, v := range verdicts {
 		if v.Outcome != api.Drained || !v.Started.Equal(verdicts[0].Started) || v.TotalMs != verdicts[0].TotalMs {
@@ -126,19 +159,19 @@ func TestRequestLongerThanTheGraceIsGivenUpAReserveBeforeItsEnd(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop", func(p parts) {
-		p.TerminationGracePeriodSeconds = new(int64(9))
+		p.TerminationGracePeriodSeconds = new(int64(14))
 		p.app.Args = append(p.app.Args, "--on-term=drain")
 	})
-	slow := p.request(8 * time.Second)
+	slow := p.pending()
 	deleted := p.delete(0)
 	released := p.logged(agentName, `"released"`)
-	if total := released.duration("total"); total < 4500*time.Millisecond || total > 7*time.Second {
-		t.Errorf("released after %v of 9 s, want 5 to 6 s", total)
+	if total := released.duration("total"); total < 6*time.Second || total > 11*time.Second {
+		t.Errorf("released after %v of 14 s, want 8.3 to 9.3 s", total)
 	}
 	if released.fields()["outcome"] != "timed-out" || released.fields()["inFlight"] != 1.0 {
 		t.Errorf("%s", released.text)
 	}
-	// The application still answers its last request, so its pod and the agent are there.
+	// The application still waits for its last request, so its pod and the agent are there.
 	code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", "")
 	var v api.Verdict
 	if err == nil {
@@ -147,8 +180,8 @@ func TestRequestLongerThanTheGraceIsGivenUpAReserveBeforeItsEnd(t *testing.T) {
 	if err != nil || code != http.StatusOK || v.Outcome != api.TimedOut || v.InFlight != 1 {
 		t.Errorf("a call after the release: %d %s %v, want the same verdict", code, body, err)
 	}
-	answered := p.answered(slow) // by the application's own patience
-	t.Logf("released after %v, answered after %v", released.at.Sub(deleted), answered.Sub(deleted))
+	p.good(<-slow) // by the application's own patience
+	t.Logf("released after %v, answered after %v", released.at.Sub(deleted), time.Since(deleted))
 	p.gone()
 }
 
@@ -164,9 +197,9 @@ func TestAgentThatComesBackInMidDrainGoesOnFromTheDeletion(t *testing.T) {
 		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 18}} // for the agent that is gone
 	})
 	p.eventually(soon, "the pod is ready", p.ready)
-	p.request(time.Minute)
+	p.pending()
 	deleted := p.delete(0)
-	time.Sleep(late)
+	p.pass(late)
 	ctx, cancel := context.WithTimeout(sp.ctx, soon)
 	defer cancel()
 	agent := exec.CommandContext(ctx, sp.s.Programs.Agent, "--kubeconfig="+sp.s.Kubeconfig(), "--service=shop,target="+sp.name+"/http,port=http",
@@ -190,10 +223,11 @@ func TestAgentThatComesBackInMidDrainGoesOnFromTheDeletion(t *testing.T) {
 		if !strings.Contains(l.text, `"msg":"released"`) {
 			continue
 		}
-		// Of 20 s the application keeps 5; Kubernetes' clock has whole seconds, so it may be one less.
+		// Of 20 s the application keeps 5; Kubernetes' clock has whole seconds, so it may be one less. An agent that begins
+		// anew has 20 s from its start.
 		total, after := l.duration("total"), l.at.Sub(deleted)
 		t.Logf("released %v after the deletion, which it says is %v: %s", after, total, l.text)
-		if after > 16*time.Second || total < 13*time.Second || total > 17*time.Second {
+		if after > 18*time.Second || total < 13*time.Second || total > 19*time.Second {
 			t.Errorf("released %v after the deletion, and says %v: it began anew", after, total)
 		}
 		if l.fields()["outcome"] != "timed-out" {
@@ -216,7 +250,7 @@ func TestDeadApplicationIsNotWaitedFor(t *testing.T) {
 	t.Logf("withdrawn %v after the application's end", time.Since(died))
 	deleted := p.delete(0)
 	p.gone()
-	if took := time.Since(deleted); took > 10*time.Second {
+	if took := time.Since(deleted); took > 20*time.Second { // of 30 s
 		t.Errorf("a pod whose application is dead took %v to go", took)
 	}
 }
@@ -230,7 +264,7 @@ func TestApplicationWithoutAnOpenPortIsReleasedAfterTheSettleTime(t *testing.T) 
 	})
 	p.delete(0)
 	released := p.logged(agentName, `"released"`)
-	if total := released.duration("total"); total > 3*time.Second || released.fields()["outcome"] != "drained" {
+	if total := released.duration("total"); total > releaseLag || released.fields()["outcome"] != "drained" {
 		t.Errorf("%s", released.text)
 	}
 	p.gone()
@@ -250,7 +284,7 @@ func TestMissingHookIsWarnedOfAndThePodWithdrawnAtOnce(t *testing.T) {
 	}
 	deleted := p.delete(0)
 	withdrawn := p.withdrawn(deleted)
-	if took := withdrawn.Sub(deleted); took > 2*time.Second {
+	if took := withdrawn.Sub(deleted); took > 10*time.Second { // a lease ends after 15 s
 		t.Errorf("withdrawn %v after the deletion", took)
 	}
 	p.gone()
@@ -286,7 +320,7 @@ func TestInstalledHookProgramOverTheUnixSocket(t *testing.T) {
 			SecurityContext: p.agent.SecurityContext, VolumeMounts: []corev1.VolumeMount{mount},
 		}}, p.InitContainers...)
 	})
-	slow := p.request(3 * time.Second)
+	slow := p.pending()
 	deleted := p.delete(0)
 	p.drainedBeforeSIGTERM(deleted, slow)
 	p.logged(appName, "usher-prestop: drained in")
@@ -310,6 +344,7 @@ func TestPodInTheHostsNetworkIsDrained(t *testing.T) {
 		p.app.Ports[1].ContainerPort, p.app.Ports[1].HostPort = 29090, 29090
 		p.app.Lifecycle.PreStop.HTTPGet.Host, p.app.Lifecycle.PreStop.HTTPGet.Port = "127.0.0.1", intstr.FromInt32(17400)
 	})
+	p.http = 28080
 	p.eventually(soon, "the pod is registered", func() error {
 		resp, err := p.etcd.Get(p.ctx, p.keys()[1])
 		if err != nil || len(resp.Kvs) == 0 || !strings.Contains(string(resp.Kvs[0].Value), ":28080") {
@@ -317,20 +352,9 @@ func TestPodInTheHostsNetworkIsDrained(t *testing.T) {
 		}
 		return nil
 	})
-	done := make(chan answer, 1)
-	go func() {
-		code, _, err := p.do(once(), http.MethodPost, 28080, "/slow?for=3s", "x")
-		done <- answer{time.Now(), code, err}
-	}()
-	p.eventually(soon, "the request is in flight", func() error {
-		_, body, err := p.do(once(), http.MethodGet, 28080, "/inflight", "")
-		if err != nil || strings.TrimSpace(body) != "1" {
-			return fmt.Errorf("%q %v", body, err)
-		}
-		return nil
-	})
+	slow := p.pending()
 	deleted := p.delete(0)
-	p.drainedBeforeSIGTERM(deleted, done)
+	p.drainedBeforeSIGTERM(deleted, slow)
 	p.gone()
 }
 
@@ -338,9 +362,10 @@ func TestVerdictStaysInTheRegistryWhenThePodIsGone(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	slow := p.request(2 * time.Second)
-	p.delete(0)
-	p.answered(slow)
+	slow := p.pending()
+	deleted := p.delete(0)
+	p.withdrawn(deleted)
+	p.finish(slow)
 	p.gone()
 	out := sp.usherctl("status", p.name)
 	for _, want := range []string{"drained in", "sockdiag"} {
@@ -357,7 +382,11 @@ func TestVerdictStaysInTheRegistryWhenThePodIsGone(t *testing.T) {
 func TestGuardKeepsTheLastInstanceUntilAnotherIsRegistered(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
-	guarded := func(p parts) { p.agent.Args = append(p.agent.Args, "--min-available=1") }
+	// Time enough for a successor on a busy machine.
+	guarded := func(p parts) {
+		p.TerminationGracePeriodSeconds = new(int64(120))
+		p.agent.Args = append(p.agent.Args, "--min-available=1", "--min-available-timeout=50s")
+	}
 	old := sp.online("old", guarded)
 	deleted := old.delete(0)
 	old.logged(agentName, "hook call")
@@ -365,10 +394,13 @@ func TestGuardKeepsTheLastInstanceUntilAnotherIsRegistered(t *testing.T) {
 		t.Fatalf("withdrawn although nobody else is there: %v", err)
 	}
 	next := sp.online("next", guarded)
-	registered := time.Now()
 	withdrawn := old.withdrawn(deleted)
+	registered, ok := sp.changes.first(next.keys()[0])
 	released := old.logged(agentName, `"released"`)
-	t.Logf("the successor was registered %v after the deletion, the old one withdrawn after %v: %s", registered.Sub(deleted), withdrawn.Sub(deleted), released.text)
+	t.Logf("the successor was registered %v after the deletion, the old one withdrawn after %v: %s", registered.at.Sub(deleted), withdrawn.Sub(deleted), released.text)
+	if !ok || registered.at.After(withdrawn) {
+		t.Errorf("withdrawn at %v, before the successor was registered: %s", withdrawn, registered)
+	}
 	if released.duration("guard") == 0 || released.fields()["outcome"] != "drained" {
 		t.Errorf("%s", released.text)
 	}
@@ -383,18 +415,21 @@ func TestHookCallsFromElsewhere(t *testing.T) {
 	p := sp.online("shop", func(p parts) {
 		p.agent.Env = append(p.agent.Env, corev1.EnvVar{Name: "USHER_HOOK_TOKEN", Value: token})
 	})
-	// Another pod: its own hook program, with the agent's address and a wrong token.
+	// Another pod: its own hook program, with the agent's address.
 	other := sp.start("other", func(q parts) {
 		q.app.Lifecycle.PreStop = nil
 		q.agent.Args[0] = strings.Replace(q.agent.Args[0], "http", "other", 1)
 	})
+	other.eventually(soon, "the other pod runs", other.ready)
 	call := func(extra ...string) (string, error) {
 		args := append([]string{"-n", sp.name, "exec", other.name, "-c", appName, "--", "/usher-prestop",
 			"--agent=http://" + p.ip + ":7400", "--fail-open=false"}, extra...)
 		return sp.s.Run(sp.ctx, nil, args...)
 	}
-	if out, err := call(); err == nil || !strings.Contains(out+err.Error(), "refused") {
-		t.Errorf("a call from another pod: %v\n%s", err, out)
+	for _, extra := range [][]string{nil, {"--token=a-token-that-is-guessed"}} {
+		if out, err := call(extra...); err == nil || !strings.Contains(out+err.Error(), "refused") {
+			t.Errorf("a call from another pod, with %q: %v\n%s", extra, err, out)
+		}
 	}
 	// From the node.
 	if code, body, err := p.do(once(), http.MethodGet, 7400, "/prestop", ""); err != nil || code != http.StatusForbidden {
@@ -417,8 +452,11 @@ func TestHookCallsFromElsewhere(t *testing.T) {
 	}
 	p.stayedRegistered()
 	called := time.Now()
-	if code := with(token); code != http.StatusOK {
-		t.Errorf("the token: %d", code)
+	if out, err := call("--token=" + token); err != nil || !strings.Contains(out, "drained") {
+		t.Errorf("the token, from another pod: %v\n%s", err, out)
 	}
 	p.withdrawn(called)
+	if code := with(token); code != http.StatusOK {
+		t.Errorf("the token, from the node: %d", code)
+	}
 }

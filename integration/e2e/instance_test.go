@@ -49,14 +49,16 @@ func TestDeletedPodIsWithdrawnThenDrainedThenStopped(t *testing.T) {
 	if code, _, err := p.do(idle, http.MethodGet, 8080, "/fast", ""); err != nil || code != http.StatusOK {
 		t.Fatal(code, err)
 	}
-	slow := p.request(2 * time.Second)
+	slow := p.pending()
 	deleted := p.delete(0)
 	withdrawn := p.withdrawn(deleted)
-	answered := p.answered(slow)
-	died := p.logged(appName, "dying at once")
+	p.longerThanIdle()
+	answered := p.finish(slow)
+	died := p.diedDrained()
 	term := p.logged(agentName, `"signal"`, "terminated")
 	hook := p.logged(agentName, "hook call")
-	released := p.logged(agentName, `"released"`)
+	// The idle connection must not add to it.
+	released := p.releasedSoonAfter(answered)
 	p.gone()
 
 	order := []struct {
@@ -73,13 +75,6 @@ func TestDeletedPodIsWithdrawnThenDrainedThenStopped(t *testing.T) {
 		}
 	}
 	t.Logf("%5d ms  (the hook's call)", hook.at.Sub(deleted).Milliseconds())
-	if n := died.fields()["inFlight"]; n != 0.0 {
-		t.Errorf("the application got SIGTERM with %v in flight", n)
-	}
-	// The request, the quiet period after it, and time for a busy machine. The idle connection must not add to it.
-	if total := released.duration("total"); total > 5*time.Second {
-		t.Errorf("released after %v, with a request of 2 s", total)
-	}
 	if took := term.at.Sub(deleted); took > 30*time.Second {
 		t.Errorf("the agent's SIGTERM came after %v, the grace period is 30 s", took)
 	}
@@ -91,9 +86,12 @@ func TestDeletedPodIsWithdrawnThenDrainedThenStopped(t *testing.T) {
 	if m := p.event("Drained"); !regexp.MustCompile(`^drained in [1-9][0-9.]*s, nothing in flight$`).MatchString(m) {
 		t.Errorf("event Drained: %q, want how long it took", m)
 	}
-	if c, ok := p.changes.last(p.ledger()); !ok || !c.deleted {
-		t.Errorf("the ledger has %s, want nothing left", c)
-	}
+	p.eventually(soon, "nothing is left in the ledger", func() error {
+		if c, ok := p.changes.last(p.ledger()); !ok || !c.deleted {
+			return fmt.Errorf("it has %s", c)
+		}
+		return nil
+	})
 	sp.calm()
 }
 
@@ -106,7 +104,7 @@ func TestIdlePodStopsAfterTheSettleTime(t *testing.T) {
 	total := released.duration("total")
 	t.Logf("released after %v", total)
 	// Settle is 1 s, and the quiet period passes within it.
-	if total < 900*time.Millisecond || total > 3*time.Second {
+	if total < 900*time.Millisecond || total > releaseLag {
 		t.Errorf("an idle pod was released after %v, want about 1 s", total)
 	}
 	p.gone()
@@ -116,21 +114,23 @@ func TestDeleteWithShortGraceReleasesBeforeItsEnd(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	p.request(8 * time.Second)
+	p.pending()
 	deleted := time.Now()
 	sp.kubectl("delete", "pod", p.name, "--grace-period=5", "--wait=false")
+	deadline := p.deadline()
 	released := p.logged(agentName, `"released"`)
 	died := p.logged(appName, "dying at once")
 	t.Logf("released after %v, SIGTERM after %v", released.at.Sub(deleted), died.at.Sub(deleted))
 	if released.fields()["outcome"] != "timed-out" || released.fields()["inFlight"] != 1.0 {
 		t.Errorf("the verdict is %s, want a time-out with 1 in flight", released.text)
 	}
-	// The application keeps a third of the 5 s. Kubernetes' clock has whole seconds, so it may be one more.
-	if total := released.duration("total"); total < 2*time.Second || total > 4*time.Second {
+	// The application keeps a third of the 5 s. Kubernetes' clock has whole seconds, so it may be one more; an agent that
+	// hears of it late has less.
+	if total := released.duration("total"); total < 1500*time.Millisecond || total > 5*time.Second {
 		t.Errorf("released after %v, want 2.3 to 3.3 s", total)
 	}
-	if took := died.at.Sub(deleted); took > 5*time.Second {
-		t.Errorf("SIGTERM after %v of 5 s", took)
+	if died.at.After(deadline) {
+		t.Errorf("SIGTERM at %v, when the grace period was over at %v", died.at, deadline)
 	}
 	if n := died.fields()["inFlight"]; n != 1.0 {
 		t.Errorf("the application had %v in flight at SIGTERM, want the one", n)
@@ -145,23 +145,31 @@ func TestSecondDeleteShortensTheDrain(t *testing.T) {
 	t.Parallel()
 	sp := newSpace(t, nil)
 	p := sp.online("shop")
-	p.request(20 * time.Second)
+	p.pending()
 	first := p.delete(0)
 	p.withdrawn(first)
-	second := p.delete(4 * time.Second)
+	second := p.delete(6 * time.Second)
+	deadline := p.deadline()
 	released := p.logged(agentName, `"released"`)
 	died := p.logged(appName, "dying at once")
 	t.Logf("first delete, second %v later, released %v after that, SIGTERM %v", second.Sub(first), released.at.Sub(second), died.at.Sub(second))
 	if released.fields()["outcome"] != "timed-out" {
 		t.Errorf("the verdict is %s, want a time-out", released.text)
 	}
-	if took := released.at.Sub(second); took > 4*time.Second {
-		t.Errorf("released %v after a delete that gave 4 s", took)
-	}
-	if took := died.at.Sub(second); took > 4*time.Second {
-		t.Errorf("SIGTERM %v after a delete that gave 4 s", took)
+	if released.at.After(deadline) || died.at.After(deadline) {
+		t.Errorf("released at %v, SIGTERM at %v, when the grace period was over at %v", released.at, died.at, deadline)
 	}
 	p.gone()
+}
+
+// deadline is when the pod's grace period is over, as Kubernetes says now.
+func (p *pod) deadline() time.Time {
+	p.t.Helper()
+	now, err := p.get()
+	if err != nil || now.DeletionTimestamp == nil {
+		p.t.Fatalf("the pod is not being deleted: %v", err)
+	}
+	return now.DeletionTimestamp.Time
 }
 
 func TestContainerRestartedByLivenessDrainsAndComesBack(t *testing.T) {
@@ -170,21 +178,16 @@ func TestContainerRestartedByLivenessDrainsAndComesBack(t *testing.T) {
 	p := sp.online("shop", func(p parts) {
 		p.app.LivenessProbe = &corev1.Probe{
 			ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/livez", Port: intstr.FromString("http")}},
-			PeriodSeconds: 1, FailureThreshold: 1,
+			PeriodSeconds: 1, TimeoutSeconds: 5, FailureThreshold: 1,
 		}
 		// The kubelet's restart shows no sign that would tell its httpGet hook from a stranger's; the pod's own process is trusted.
 		p.app.Lifecycle.PreStop = &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"/usher-prestop", "--log-to-pid1"}}}
 	})
 
-	slow := p.request(3 * time.Second)
+	slow := p.pending()
 	broken := time.Now()
 	p.set("/livez", false)
-	withdrawn := p.withdrawn(broken)
-	answered := p.answered(slow)
-	died := p.logged(appName, "dying at once")
-	if died.at.Before(answered) || died.fields()["inFlight"] != 0.0 {
-		t.Errorf("the application got SIGTERM with a request in flight: %s", died.text)
-	}
+	p.drainedBeforeSIGTERM(broken, slow)
 	p.logged(appName, "usher-prestop: drained in", "cause: prestop hook") // --log-to-pid1
 	p.eventually(soon, "the container is restarted", func() error {
 		now, err := p.get()
@@ -194,14 +197,13 @@ func TestContainerRestartedByLivenessDrainsAndComesBack(t *testing.T) {
 		return nil
 	})
 	p.waitRegistered()
-	t.Logf("liveness lost; withdrawn after %v, SIGTERM after %v, registered again after %v",
-		withdrawn.Sub(broken), died.at.Sub(broken), time.Since(broken))
+	t.Logf("registered again %v after liveness was lost", time.Since(broken))
 
 	// It is as good as new.
-	slow = p.request(2 * time.Second)
+	slow = p.pending()
 	deleted := p.delete(0)
 	p.withdrawn(deleted)
-	p.answered(slow)
+	p.finish(slow)
 	p.gone()
 	if n := len(p.logs.find(p.name, agentName, `"released"`, `"outcome":"drained"`)); n != 2 {
 		t.Errorf("%d drains, want one for each end of the container", n)

@@ -6,7 +6,7 @@
 //	         +------- watch -------> this process, load generator ---------+
 //
 // Every test has a namespace of its own, and its own keys in the registry. What it asserts is seen from outside: by a watch
-// of the registry, by the clients, by the containers' logs with the time that containerd gave each line, by Kubernetes.
+// of the registry, by the clients, by the containers' logs, by Kubernetes.
 //
 // Tests that need a whole machine to themselves, because of their load or because they take a part of the cluster down, run
 // first and one by one; the others run side by side, since most of their time is spent waiting.

@@ -217,13 +217,14 @@ func TestApplicationIsToldByWebhookCommandAndStateFile(t *testing.T) {
 	if _, err := os.ReadFile(shared("usher-prestop")); err == nil {
 		t.Error("the command has run already")
 	}
-	slow := p.request(4 * time.Second)
+	slow := p.pending()
 	deleted := p.delete(0)
 	p.eventually(soon, "the state file says draining", func() error { return state(client.EventDraining) })
 	p.eventually(soon, "the command has run", func() error {
 		_, err := os.ReadFile(shared("usher-prestop"))
 		return err
 	})
+	p.logged(appName, `"told"`, `"draining"`) // before the drain is over
 	p.drainedBeforeSIGTERM(deleted, slow)
 	p.gone()
 	// At the release SIGTERM may be quicker.
@@ -237,10 +238,6 @@ func TestApplicationIsToldByWebhookCommandAndStateFile(t *testing.T) {
 	}
 	if want := []string{"online", "draining", "released"}; !slices.Equal(deletion(all), want) {
 		t.Errorf("another receiver got webhooks of %v, want %v", all, want)
-	}
-	draining := p.logs.find(p.name, appName, `"told"`, `"draining"`)[0]
-	if took := draining.at.Sub(deleted); took > 2*time.Second {
-		t.Errorf("told of draining %v after the deletion", took)
 	}
 }
 
@@ -258,14 +255,16 @@ func TestWebhookThatHangsDelaysTheReleaseByItsShareAtMost(t *testing.T) {
 	})
 	deleted := p.delete(0)
 	withdrawn := p.withdrawn(deleted)
-	<-asked
 	released := p.logged(agentName, `"released"`)
 	t.Logf("withdrawn after %v: %s", withdrawn.Sub(deleted), released.text)
-	if took := withdrawn.Sub(deleted); took > 2*time.Second {
-		t.Errorf("withdrawn %v after the deletion", took)
+	if len(asked) == 0 {
+		t.Error("the receiver was never asked")
+	}
+	if took := released.duration("withdraw"); took < 0 || took >= 1900*time.Millisecond {
+		t.Errorf("the withdrawal took %v", took)
 	}
 	// 2 s is the share; a shutdown with nothing in flight takes 1.5 s.
-	if total := released.duration("total"); total < 1900*time.Millisecond || total > 4*time.Second || !strings.Contains(released.text, "not all could be told") {
+	if total := released.duration("total"); total < 1900*time.Millisecond || total > releaseLag || !strings.Contains(released.text, "not all could be told") {
 		t.Errorf("%s", released.text)
 	}
 	p.gone()

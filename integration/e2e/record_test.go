@@ -5,13 +5,16 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -76,7 +79,18 @@ func (c *changes) last(key string) (change, bool) {
 	return change{}, false
 }
 
-// line is one of a container's log, with the time at which containerd got it.
+// first is the oldest change of a key.
+func (c *changes) first(key string) (change, bool) {
+	for _, ch := range c.all() {
+		if ch.key == key {
+			return ch, true
+		}
+	}
+	return change{}, false
+}
+
+// line is one of a container's log. Its time is the one that it gives itself, if it does, else when containerd got it: on
+// a busy machine containerd hears late, and of two containers in any order.
 type line struct {
 	at        time.Time
 	pod, text string
@@ -190,9 +204,14 @@ func (l *logs) find(pod, container string, words ...string) []line {
 			return
 		}
 		for _, ln := range lines {
-			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(ln.text, w) }) {
-				out = append(out, ln)
+			if slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(ln.text, w) }) {
+				continue
 			}
+			text, _ := ln.fields()["time"].(string)
+			if at, err := time.Parse(time.RFC3339Nano, text); err == nil {
+				ln.at = at
+			}
+			out = append(out, ln)
 		}
 	})
 	return out
@@ -210,13 +229,17 @@ type ownEtcd struct {
 // newEtcd prepares one that pods can reach. It isn't started.
 func newEtcd(t testing.TB) *ownEtcd {
 	t.Helper()
+	// Not one of those that the kernel hands out: nobody else may have it while this etcd is down.
 	url := func(host string) string {
-		ln, err := net.Listen("tcp", host+":0")
-		if err != nil {
-			t.Fatal(err)
+		for range 100 {
+			address := net.JoinHostPort(host, strconv.Itoa(10_000+rand.IntN(10_000)))
+			if ln, err := net.Listen("tcp", address); err == nil {
+				ln.Close()
+				return "http://" + address
+			}
 		}
-		defer ln.Close()
-		return "http://" + ln.Addr().String()
+		t.Fatal("no port is free")
+		return ""
 	}
 	client, peer := url(shared.NodeIP()), url("127.0.0.1")
 	e := &ownEtcd{t: t, url: client, args: []string{
@@ -269,6 +292,18 @@ func (e *ownEtcd) kill() {
 	}
 	e.cmd.Wait() // killed
 	e.cmd = nil
+}
+
+// freeze makes it hold its connections and answer nothing, until thaw or kill.
+func (e *ownEtcd) freeze() { e.signal(syscall.SIGSTOP) }
+
+func (e *ownEtcd) thaw() { e.signal(syscall.SIGCONT) }
+
+func (e *ownEtcd) signal(sig syscall.Signal) {
+	e.t.Helper()
+	if err := e.cmd.Process.Signal(sig); err != nil {
+		e.t.Fatal(err)
+	}
 }
 
 // as is a client of a user's.

@@ -94,7 +94,7 @@ func (sp *space) rollOut() {
 		old[p.Name] = true
 	}
 	sp.kubectl("rollout", "restart", "deployment/shop")
-	sp.kubectl("rollout", "status", "deployment/shop", "--timeout=2m")
+	sp.kubectl("rollout", "status", "deployment/shop", "--timeout=4m")
 	for _, p := range sp.deployed(3) {
 		if old[p.Name] {
 			sp.t.Fatalf("pod %s was not replaced", p.Name)
@@ -107,8 +107,7 @@ func (sp *space) rollOut() {
 // request wanted.
 func (sp *space) stoppedWell(pods int, longest time.Duration) {
 	sp.t.Helper()
-	// Settle, quiet period, and time for a machine that is busy with the load.
-	most := longest + 4*time.Second
+	most := longest + releaseLag
 	var totals []time.Duration
 	sp.eventually(soon, "all stops are in the logs", func() error {
 		if n := len(sp.logs.find("", appName, "dying at once")); n < pods {

@@ -168,7 +168,7 @@ func (s *Stack) Namespace(ctx context.Context, name string) error {
 	}
 	// Pods are refused until the namespace's default service account is there. The controller that makes it looks again
 	// after up to half a minute when the API server has been away.
-	err = wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, time.Minute, true, func(ctx context.Context) (bool, error) {
+	err = wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, 2*time.Minute, true, func(ctx context.Context) (bool, error) {
 		_, err := s.Client.CoreV1().ServiceAccounts(name).Get(ctx, "default", metav1.GetOptions{})
 		return err == nil, nil
 	})

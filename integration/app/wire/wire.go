@@ -26,7 +26,8 @@ const (
 	SlowPath   = "/slow"
 	StreamPath = "/stream"
 	UploadPath = "/upload"
-	// PendingPath answers POST once somebody sends PUT there, or after the longest time that an answer may take.
+	// PendingPath answers POST once somebody sends PUT there, or after the longest time that an answer may take, or
+	// LetGoAfter.
 	PendingPath = "/pending"
 	// ReadyPath and LivePath answer 200 or 503 to GET, and are set by PUT with the body true or false.
 	ReadyPath = "/readyz"
@@ -36,6 +37,9 @@ const (
 	// ToldPath takes the agent's events by POST, logs each, and answers after the duration in the query parameter for.
 	ToldPath = "/told"
 )
+
+// LetGoAfter is how long after a SIGTERM an application that drains answers what is pending.
+const LetGoAfter = 2 * time.Second
 
 // Flooded is what became of the calls of a flood, as it writes it.
 type Flooded struct {
