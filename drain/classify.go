@@ -59,6 +59,19 @@ const (
 // pureAckAfter is when the kernel has acknowledged for certain what it received: twice TCP_DELACK_MAX.
 const pureAckAfter = 400 * time.Millisecond
 
+// What makes an opening; see connection.opening. All of it errs to the long side, since a server that lacks CPU time may
+// be that slow.
+const (
+	// openingTime is how long what was received and what was sent may belong to the handshake: a second ticket waits for
+	// the acknowledgement of the first, which the client may delay by 200 ms (TCP_DELACK_MAX).
+	openingTime = time.Second
+	// openingOut is the most segments that a handshake and its tickets take: 20 kB of certificates.
+	openingOut = 16
+	// openingIn: a connection that was there before the first sample, with more segments in than two for a hello with a
+	// post-quantum key, one that finishes the handshake and a request, has its opening behind it.
+	openingIn = 4
+)
+
 // classify tells whether the application owes an answer on s. known is what earlier samples found, nil when there were none.
 //
 // The rule for HTTP/1.1 and all that takes turns like it: who received last owes an answer, who sent last does not. The
@@ -159,8 +172,41 @@ type connection struct {
 	surplus, base uint32
 	based, paired bool
 
+	// opened is the first sample with more than one segment in, zero before, and past is that the opening is over; see
+	// opening. doubted: but for it the connection would have been idle.
+	opened        time.Time
+	past, doubted bool
+
 	// pause is the longest silence after which the current answer went on: it is a stream. 0: none was seen.
 	pause time.Duration
+}
+
+// opening tells whether what was sent last may be no answer, though it was sent after the last request. A TLS 1.3 server
+// sends session tickets after the client has finished the handshake (RFC 8446, 4.6.1), and the client sends its first
+// request without waiting for them; one of TLS 1.2 with a false start (RFC 7918) does the same. The kernel doesn't see what
+// the bytes are, so this goes for connections without TLS too. It ends when data comes a second after the handshake was
+// done, which is what the second segment that comes does, or an answer a second after its request. Before the second
+// segment there is no handshake, and no request on TLS.
+func (c *connection) opening(s *socket, now time.Time) bool {
+	if s.info && s.segsIn > 1 && !c.past {
+		if c.opened.IsZero() {
+			c.opened = now
+		}
+		c.past = s.segsOut > openingOut || !c.fresh && s.segsIn > openingIn ||
+			now.Sub(c.opened)-s.receivedAge > openingTime || s.receivedAge-s.sentAge > openingTime
+	}
+	return c.inOpening() && (s.state == stateEstablished || s.state == stateCloseWait)
+}
+
+func (c *connection) inOpening() bool { return !c.opened.IsZero() && !c.past }
+
+// gone returns how long answers are to be expected to take, by a connection that was not there any more at a sample: one
+// that was in its opening may have closed with its answer, which no sample saw then. 0 when it teaches nothing.
+func (c *connection) gone(at time.Time) time.Duration {
+	if c.class != unsure || !c.inOpening() {
+		return 0
+	}
+	return longer(min(2*c.receivedAge, c.receivedAge+at.Sub(c.lastSeen)))
 }
 
 // moved tells whether data came or went since the last sample.
@@ -205,12 +251,12 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 			// It takes this long already, and is certain.
 			took = longer(s.receivedAge)
 		case !known || !answered || c.pause > 0:
-		case asked && c.quiet && (c.class == owed || c.class == unsure && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
-			// An exchange since hides when it was answered. It was seen at a random moment, so half of it was over. The
-			// unsure ones count where they exchange segment for segment: a small answer that is not followed by a delayed
-			// acknowledgement was hardly the last thing that happened. Without them, an app whose clients all ask again at
-			// once would teach nothing.
-			took = longer(min(2*c.receivedAge, c.receivedAge+elapsed))
+		case asked && c.quiet && (c.class == owed || c.class == unsure && !c.doubted && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
+			// An exchange since hides when it was answered, which was not after what was sent last. It was seen at a random
+			// moment, so half of it was over. The unsure ones count where they exchange segment for segment: a small answer
+			// that is not followed by a delayed acknowledgement was hardly the last thing that happened. Without them, an
+			// app whose clients all ask again at once would teach nothing.
+			took = longer(min(2*c.receivedAge, c.receivedAge+elapsed-s.sentAge))
 		case cl == idle && !tie:
 			took = longer(s.receivedAge - s.sentAge)
 		}

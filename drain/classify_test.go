@@ -77,6 +77,68 @@ func TestClassify(t *testing.T) {
 	}
 }
 
+func TestOpeningIsWhatTheHandshakeMayStillSend(t *testing.T) {
+	const sec = time.Second
+	type look struct {
+		at                   time.Duration
+		segsIn, segsOut      uint32
+		receivedAge, sentAge time.Duration
+		want                 bool
+	}
+	for _, tc := range []struct {
+		name  string
+		old   bool // the connection was there at the first sample
+		looks []look
+	}{
+		{"one segment in: a hello, or a request without TLS", false, []look{{0, 1, 3, 9 * ms, 5 * ms, false}}},
+		{"tickets after the end of the handshake", false, []look{
+			{0, 1, 3, 4 * ms, 4 * ms, false}, {sec, 3, 4, 980 * ms, 980 * ms, true}, {3 * sec, 3, 5, 2980 * ms, 2936 * ms, true},
+		}},
+		{"an answer a second after the request is none of them", false, []look{
+			{0, 3, 4, 4 * ms, 0, true}, {2 * sec, 3, 5, 2004 * ms, 900 * ms, false}, {3 * sec, 4, 6, 8 * ms, 8 * ms, false},
+		}},
+		{"the second request within the second", false, []look{{0, 3, 4, 4 * ms, 0, true}, {sec, 4, 5, 20 * ms, 8 * ms, true}}},
+		{"a request later than that", false, []look{{0, 3, 4, 4 * ms, 0, true}, {2 * sec, 4, 5, 20 * ms, 8 * ms, false}}},
+		{"a request later than that, before the next look", false, []look{{0, 3, 4, 4 * ms, 0, true}, {9 * sec, 4, 5, 7 * sec, 7 * sec, false}}},
+		{"connected long before the handshake", false, []look{
+			{0, 0, 0, 0, 0, false}, {60 * sec, 3, 4, 100 * ms, 96 * ms, true},
+		}},
+		{"more sent than handshakes need", false, []look{{0, 3, 17, 4 * ms, 0, false}}},
+		{"there before the first look, as short as an opening", true, []look{{0, 4, 5, 4 * ms, 0, true}}},
+		{"there before the first look, with a longer history", true, []look{{0, 5, 5, 4 * ms, 0, false}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := connection{fresh: !tc.old}
+			start := time.Now()
+			for i, l := range tc.looks {
+				s := socket{state: stateEstablished, info: true, segsIn: l.segsIn, segsOut: l.segsOut, receivedAge: l.receivedAge, sentAge: l.sentAge}
+				if got := c.opening(&s, start.Add(l.at)); got != l.want {
+					t.Errorf("look %d: %v, want %v", i, got, l.want)
+				}
+				s.state = stateFinWait2
+				if c.opening(&s, start.Add(l.at)) {
+					t.Errorf("look %d: true after the application has closed", i)
+				}
+			}
+		})
+	}
+}
+
+func TestOpeningTeachesNoIdleTimeAsAnAnswer(t *testing.T) {
+	start := time.Now()
+	c := connection{fresh: true}
+	first := socket{state: stateEstablished, info: true, received: 900, segsIn: 3, segsOut: 4, receivedAge: 4 * ms}
+	next := socket{state: stateEstablished, info: true, received: 1200, segsIn: 4, segsOut: 5, receivedAge: 100 * ms, sentAge: 100 * ms}
+	if !c.opening(&first, start) {
+		t.Fatal("not in its opening")
+	}
+	c.update(&first, unsure, start)
+	c.doubted = true
+	if took := c.update(&next, unsure, start.Add(5*time.Second)); took != 0 {
+		t.Errorf("a client that asked again after 5s taught that an answer takes %v", took)
+	}
+}
+
 // step is one look at a connection: what the kernel says, and when.
 type step struct {
 	at                   time.Duration
@@ -106,7 +168,7 @@ func TestConnectionUpdate(t *testing.T) {
 		{"a closed loop whose every answer ties teaches by segment for segment", []step{
 			{at: 0, segsIn: 5, segsOut: 4, receivedAge: 700 * ms, sentAge: 700 * ms, class: unsure},
 			{at: 2000 * ms, segsIn: 6, segsOut: 5, receivedAge: 300 * ms, sentAge: 300 * ms, class: unsure, took: longer(1400 * ms)},
-			{at: 2100 * ms, segsIn: 7, segsOut: 6, receivedAge: 50 * ms, sentAge: 50 * ms, class: unsure, took: longer(400 * ms)},
+			{at: 2100 * ms, segsIn: 7, segsOut: 6, receivedAge: 50 * ms, sentAge: 50 * ms, class: unsure, took: longer(350 * ms)},
 		}},
 		{"large answers that tie teach nothing: the silence may have been the client's", []step{
 			{at: 0, segsIn: 5, segsOut: 40, receivedAge: 700 * ms, sentAge: 700 * ms, class: unsure},

@@ -106,12 +106,16 @@ type Sockdiag struct {
 	buf       []byte
 	conns     map[uint64]*connection
 	round     uint64
+	sampled   time.Time // the last sample
 	activity  uint64
 	longest   time.Duration
-	began     time.Time     // the first sample; zero before
-	answers   int           // seen to be given
-	moved     time.Time     // when a sample last found something new on a connection
-	cost      time.Duration // CPU time of the last sample
+	// longestFirst is the same of first answers that were not seen to be given: it may be their clients' idle time, so it
+	// goes for connections in their opening only.
+	longestFirst time.Duration
+	began        time.Time     // the first sample; zero before
+	answers      int           // seen to be given
+	moved        time.Time     // when a sample last found something new on a connection
+	cost         time.Duration // CPU time of the last sample
 }
 
 // NewSockdiag checks cfg and that the kernel lets this process list sockets.
@@ -239,12 +243,15 @@ func (s *Sockdiag) patience() time.Duration {
 
 // patienceWith a connection is the greatest where there is reason to think that it waits, and where too little is
 // known of this application to think otherwise: after a start of the agent. A connection on which there was one request is
-// no such case, since something was sent after it.
+// no such case, since something was sent after it. In its opening it waits also as long as others that closed there.
 func (s *Sockdiag) patienceWith(c *connection, sock *socket, now time.Time) time.Duration {
 	watched := now.Sub(s.began)
 	learnt := s.answers >= enoughAnswers && watched >= enoughTime || watched >= s.cfg.MaxPatience
-	if c.late || !learnt && sock.segsIn > 1 {
+	switch {
+	case c.late, !learnt && sock.segsIn > 1:
 		return s.cfg.MaxPatience
+	case c.inOpening():
+		return max(s.longestFirst, s.patience())
 	}
 	return s.patience()
 }
@@ -328,6 +335,10 @@ func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 	if seen < len(s.conns) {
 		for cookie, c := range s.conns {
 			if c.round+1 < s.round {
+				if took := c.gone(s.sampled); took > 0 && took <= s.cfg.MaxPatience {
+					s.longestFirst = max(s.longestFirst, took)
+					s.answers++
+				}
 				delete(s.conns, cookie)
 			}
 		}
@@ -338,6 +349,7 @@ func (s *Sockdiag) Sample(ctx context.Context) (Sample, error) {
 	if result.Probes > len(s.ports) {
 		result.Probes = 0 // the kubelet has one under way at a time
 	}
+	s.sampled = now
 	result.Activity = s.activity
 	return result, nil
 }
@@ -374,10 +386,15 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 		s.moved = now
 	}
 	cl := classify(sock, known)
+	doubted := !multiplexed && c.opening(sock, now) && cl == idle
+	if doubted {
+		cl = unsure
+	}
 	if answered := sock.info && c.segsOut != sock.segsOut; answered && (cl == idle || known != nil && c.segsIn != sock.segsIn) {
 		s.answers++
 	}
 	took := c.update(sock, cl, now)
+	c.doubted = doubted
 	if !multiplexed && s.round > 1 {
 		s.longest = max(s.longest, took)
 	}

@@ -75,6 +75,9 @@ func newApp(t *testing.T, listen string, useTLS bool) *app {
 		mux.ServeHTTP(w, r)
 	})}}
 	if useTLS {
+		// Asked for a certificate, the client is sent its session tickets after its part of the handshake, as OpenSSL and
+		// others always do; else crypto/tls sends them before.
+		a.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
 		a.StartTLS()
 	} else {
 		a.Start()
@@ -95,7 +98,9 @@ func (a *app) open() {
 
 // client is an HTTP client with one connection, which it keeps.
 func (a *app) client(t *testing.T) *http.Client {
-	tr := &http.Transport{MaxConnsPerHost: 1, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+	tr := &http.Transport{MaxConnsPerHost: 1, TLSClientConfig: &tls.Config{
+		InsecureSkipVerify: true, ClientSessionCache: tls.NewLRUClientSessionCache(1), // for tickets
+	}}
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr}
 }
@@ -157,6 +162,7 @@ func TestSockdiagMissesNoRequest(t *testing.T) {
 		{name: "after many, watched", listen: "127.0.0.1:0", exchanges: 20, warm: true},
 		{name: "after large ones", listen: "127.0.0.1:0", exchanges: 3, size: 100 << 10},
 		{name: "after large ones, watched", listen: "127.0.0.1:0", exchanges: 5, size: 100 << 10, warm: true},
+		{name: "TLS, first request", listen: "127.0.0.1:0", tls: true},
 		{name: "TLS", listen: "127.0.0.1:0", tls: true, exchanges: 3},
 		{name: "TLS, watched", listen: "127.0.0.1:0", tls: true, exchanges: 10, warm: true},
 		{name: "TLS, large", listen: "127.0.0.1:0", tls: true, exchanges: 3, size: 100 << 10},
@@ -612,6 +618,53 @@ func TestSockdiagLearnsTheLongestAnswer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSockdiagLearnsFirstAnswersByTheirEnd is with clients that close with their answer, so that no sample sees it given,
+// and whose handshake hides that it is owed.
+func TestSockdiagLearnsFirstAnswersByTheirEnd(t *testing.T) {
+	const answer = 300 * time.Millisecond
+	l, s := listener(t)
+	s.cfg.MinPatience = time.Millisecond
+	take(t, s)
+	ask := func() (client, server *net.TCPConn) {
+		client = dial(t, l)
+		server = accept(t, l)
+		for _, text := range []string{"hello", "finished and request"} {
+			fmt.Fprint(client, text)
+			io.ReadFull(server, make([]byte, len(text)))
+			time.Sleep(10 * time.Millisecond) // later than the request, in the kernel's clock
+			fmt.Fprint(server, "hello, or tickets")
+			io.ReadFull(client, make([]byte, len("hello, or tickets")))
+		}
+		return client, server
+	}
+	knowing := func() {
+		s.answers, s.began = enoughAnswers, time.Now().Add(-enoughTime)
+	}
+	knowing()
+	client, server := ask()
+	eventually(t, "patience to end", func() bool { return take(t, s).InFlight == 0 })
+	time.Sleep(answer)
+	take(t, s)
+	client.SetLinger(0)
+	client.Close()
+	server.Close()
+	eventually(t, "the connection to be forgotten", func() bool { take(t, s); return len(s.conns) == 0 })
+	if got := s.Patience(); got >= answer {
+		t.Errorf("patience is %v in general, by what may be idle time", got)
+	}
+
+	before := time.Now()
+	ask()
+	for time.Since(before) < answer {
+		got := take(t, s)
+		if took := time.Since(before); took < answer && got.InFlight != 1 {
+			t.Fatalf("%+v after %v, want 1 in flight for as long as the first one's %v", got, took, answer)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	eventually(t, "patience to end", func() bool { return take(t, s).InFlight == 0 })
 }
 
 func TestSockdiagIdleTimeIsNotLearntAsAnAnswer(t *testing.T) {

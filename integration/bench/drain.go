@@ -403,6 +403,9 @@ func newDrainApp(ctx context.Context, c drainCase) *drainApp {
 		a.server.Config.Protocols.SetUnencryptedHTTP2(true)
 	}
 	if c.tls {
+		// Asked for a certificate, clients are sent their session tickets after their part of the handshake, which is where
+		// OpenSSL and others send them always: data that looks like the answer to a first request.
+		a.server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
 		a.server.StartTLS()
 	} else {
 		a.server.Start()
@@ -446,7 +449,10 @@ func (a *drainApp) draining() bool {
 
 func (a *drainApp) httpClient(kept bool, conns int) *http.Client {
 	t := &http.Transport{
-		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // the server's certificate is the test package's
+		TLSClientConfig: &tls.Config{
+			InsecureSkipVerify: true,        // the server's certificate is the test package's
+			ClientSessionCache: forgetful{}, // for tickets
+		},
 		MaxConnsPerHost: conns, DisableKeepAlives: !kept,
 	}
 	if a.http2 {
@@ -455,6 +461,12 @@ func (a *drainApp) httpClient(kept bool, conns int) *http.Client {
 	}
 	return &http.Client{Transport: t}
 }
+
+// forgetful makes a client take session tickets, and never use one: resumed sessions have theirs before.
+type forgetful struct{}
+
+func (forgetful) Get(string) (*tls.ClientSessionState, bool) { return nil, false }
+func (forgetful) Put(string, *tls.ClientSessionState)        {}
 
 func (a *drainApp) get(c *http.Client, path string) error {
 	resp, err := c.Get(a.server.URL + path)
