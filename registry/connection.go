@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -44,6 +45,8 @@ type Connection struct {
 	// endpoint without a scheme, and unix, uses TLS when one of the TLS fields is set. All must agree on TLS, since the
 	// client decides by the first one for all of them.
 	Endpoints []string
+	// HTTPS is what an endpoint host:port means, whatever else is set.
+	HTTPS bool
 
 	// CACert, Cert and Key are PEM files. Without CACert a TLS server is held against the system's roots. All are read
 	// again on every handshake, so that a reconnect is enough after they were renewed.
@@ -71,7 +74,7 @@ type Connection struct {
 //	ETCDCTL_ENDPOINTS                 comma-separated
 //	ETCDCTL_CACERT, _CERT, _KEY       files
 //	ETCDCTL_INSECURE_SKIP_TLS_VERIFY  boolean
-//	ETCDCTL_INSECURE_TRANSPORT        boolean; false: endpoints without a scheme become https://
+//	ETCDCTL_INSECURE_TRANSPORT        boolean; false: endpoints without a scheme are https://
 //	ETCDCTL_USER, ETCDCTL_PASSWORD    "name", or "name:password" without ETCDCTL_PASSWORD
 //	ETCDCTL_DIAL_TIMEOUT              duration, as are ETCDCTL_KEEPALIVE_TIME and ETCDCTL_KEEPALIVE_TIMEOUT
 //
@@ -115,7 +118,7 @@ func (c *Connection) FromETCDCTL(getenv func(string) string) error {
 			*field = d
 		}
 	}
-	insecureTransport := true
+	insecureTransport := !c.HTTPS
 	for name, field := range map[string]*bool{
 		"ETCDCTL_INSECURE_SKIP_TLS_VERIFY": &c.InsecureSkipVerify, "ETCDCTL_INSECURE_TRANSPORT": &insecureTransport,
 	} {
@@ -127,13 +130,7 @@ func (c *Connection) FromETCDCTL(getenv func(string) string) error {
 			*field = b
 		}
 	}
-	if !insecureTransport {
-		for i, e := range c.Endpoints {
-			if !strings.Contains(e, "://") && e != "" {
-				c.Endpoints[i] = "https://" + e
-			}
-		}
-	}
+	c.HTTPS = !insecureTransport
 	return nil
 }
 
@@ -248,6 +245,7 @@ func (c Connection) secure(endpoint string) (bool, error) {
 		}
 		rest, tls = u.Host, scheme == "https"
 	case "":
+		tls = tls || c.HTTPS
 	default:
 		return false, wrong(shape)
 	}
@@ -380,8 +378,14 @@ func (c Connection) Dial(logger *zap.Logger) (*clientv3.Client, error) {
 			return nil, fmt.Errorf("etcd connection: %w", err)
 		}
 	}
+	endpoints := slices.Clone(c.Endpoints)
+	for i, e := range endpoints {
+		if c.HTTPS && !strings.Contains(e, "://") {
+			endpoints[i] = "https://" + e
+		}
+	}
 	cfg := clientv3.Config{
-		Endpoints:            c.Endpoints,
+		Endpoints:            endpoints,
 		DialTimeout:          or(c.DialTimeout, DefaultDialTimeout),
 		DialKeepAliveTime:    or(c.KeepAliveTime, DefaultKeepAliveTime),
 		DialKeepAliveTimeout: or(c.KeepAliveTimeout, DefaultKeepAliveTimeout),

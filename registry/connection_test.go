@@ -77,8 +77,20 @@ func TestFromETCDCTLSecureTransport(t *testing.T) {
 		"ETCDCTL_ENDPOINTS": "a:2379,https://b:2379", "ETCDCTL_INSECURE_TRANSPORT": "false"})); err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(c.Endpoints, []string{"https://a:2379", "https://b:2379"}) {
-		t.Errorf("endpoints %q", c.Endpoints)
+	for _, tc := range []struct{ endpoints, want []string }{
+		{c.Endpoints, []string{"https://a:2379", "https://b:2379"}},
+		{[]string{"c:2379"}, []string{"https://c:2379"}}, // of a flag, say, which comes after the environment
+		{[]string{"http://d:2379"}, []string{"http://d:2379"}},
+	} {
+		c.Endpoints = tc.endpoints
+		cli, err := c.Dial(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cli.Close()
+		if got := cli.Endpoints(); !slices.Equal(got, tc.want) {
+			t.Errorf("endpoints %q are reached as %q, want %q", tc.endpoints, got, tc.want)
+		}
 	}
 }
 
