@@ -301,6 +301,9 @@ func setMetadata(c *config, v string) error {
 		if !ok || key == "" {
 			return fmt.Errorf("%q: want KEY=VALUE", w)
 		}
+		if _, twice := c.Attributes.Metadata[key]; twice {
+			return fmt.Errorf("%q: %s is there twice", w, key)
+		}
 		c.Attributes.Metadata[key] = value
 	}
 	return nil
@@ -382,7 +385,11 @@ func plainly(err error, doc string) error {
 		if where == "" {
 			where = "the whole"
 		}
-		return fmt.Errorf("%s is a %s: want %s; %s has the fields", where, wrong.Value, want, doc)
+		is, ok := map[string]string{"array": "list", "object": "map"}[wrong.Value]
+		if !ok {
+			is = wrong.Value
+		}
+		return fmt.Errorf("%s is a %s: want %s; %s has the fields", where, is, want, doc)
 	}
 	text := err.Error()
 	for _, noise := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "json: ", "error converting YAML to JSON: ", "yaml: "} {

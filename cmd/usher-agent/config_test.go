@@ -126,6 +126,8 @@ func TestBadInputIsNamed(t *testing.T) {
 		{"service field without value", []string{"--service=a,port="}, identity(), "", []string{`"port="`, "SETTING=VALUE"}},
 		{"weight", []string{"--service=a", "--weight=heavy"}, identity(), "", []string{"--weight", "heavy", "0 to 65535"}},
 		{"metadata", []string{"--service=a", "--metadata=team"}, identity(), "", []string{"--metadata", "team", "KEY=VALUE"}},
+		{"metadata twice", []string{"--service=a", "--metadata=team=a", "--metadata=team=b"}, identity(), "", []string{"--metadata", "team", "twice"}},
+		{"list for a map", []string{"--service=a", "--health=[]"}, identity(), "", []string{"--health", "the whole is a list: want a map"}},
 		{"pod IPs", []string{"--service=a", "--pod-ips=10.0.0.1,x"}, identity(), "", []string{"--pod-ips", `"x"`}},
 		{"metric without its source", []string{"--service=a", "--in-flight-metric=up"}, identity(), "", []string{"--in-flight-metric", "up", "prometheus"}},
 		{"prometheus without its metric", []string{"--service=a", "--in-flight-source=prometheus"}, identity(), "", []string{"--in-flight-metric", "--in-flight-metrics-url"}},
