@@ -118,19 +118,21 @@ type transport struct {
 	tls  tlsClient
 	in   *bufio.Reader
 	out  *bufio.Writer
-	// http2 speaks over the connection that has shaken hands.
-	http2  http.Transport
-	shaken *tls.Conn
+	// http2 speaks over the connection that has shaken hands, which is the context's value of shaken.
+	http2 http.Transport
 }
 
+type shaken struct{}
+
 func newTransport(host string, dial Dial) *transport {
-	t := &transport{dial: dial, tls: newTLSClient(host)}
-	t.http2 = http.Transport{
+	return &transport{dial: dial, tls: newTLSClient(host), http2: http.Transport{
+		DisableKeepAlives:  true,
 		DisableCompression: true, // no Accept-Encoding
 		ForceAttemptHTTP2:  true,
-		DialTLSContext:     func(context.Context, string, string) (net.Conn, error) { return t.shaken, nil },
-	}
-	return t
+		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return ctx.Value(shaken{}).(*tls.Conn), nil
+		},
+	}}
 }
 
 // RoundTrip is http.RoundTripper's. Closing the answer's body closes the connection.
@@ -164,7 +166,7 @@ func (t *transport) roundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	if conn.ConnectionState().NegotiatedProtocol == "h2" {
-		return t.exchangeHTTP2(req, conn, addr, stop)
+		return t.exchangeHTTP2(req, conn, stop)
 	}
 	return t.exchange(req, conn, stop)
 }
@@ -215,27 +217,26 @@ func (t *transport) ask(req *http.Request, conn net.Conn) (*http.Response, error
 }
 
 // exchangeHTTP2 is left to net/http, goroutines and all: it is no small thing.
-func (t *transport) exchangeHTTP2(req *http.Request, conn *tlsConn, addr string, stop func() bool) (*http.Response, error) {
-	t.shaken = conn.Conn
+func (t *transport) exchangeHTTP2(req *http.Request, conn *tlsConn, stop func() bool) (*http.Response, error) {
 	err := conn.cork.remove()
-	var client *http.ClientConn
+	var res *http.Response
 	if err == nil {
-		client, err = t.http2.NewClientConn(req.Context(), "https", addr)
+		res, err = t.http2.RoundTrip(req.WithContext(context.WithValue(req.Context(), shaken{}, conn.Conn)))
 	}
 	if err != nil {
 		stop()
 		_ = conn.Close()
 		return nil, err
 	}
-	res, err := client.RoundTrip(req)
-	if err != nil {
-		stop()
-		_ = client.Close()
-		return nil, err
-	}
-	res.Body = &body{res.Body, req.Context(), client, stop}
+	res.Request = req
+	res.Body = &body{res.Body, req.Context(), both{res.Body, conn}, stop}
 	return res, nil
 }
+
+// both are closed.
+type both [2]io.Closer
+
+func (b both) Close() error { return errors.Join(b[0].Close(), b[1].Close()) }
 
 // body is an answer's.
 type body struct {
