@@ -37,7 +37,8 @@ func passedOn() []os.Signal {
 func supervised(chan<- os.Signal) { signal.Notify(make(chan os.Signal), passedOn()...) }
 
 // child is the application that `usher-agent run -- COMMAND` supervises. It has the agent's standard streams, folder and
-// environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only.
+// environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only. That makes
+// it a background process of the terminal: the kernel stops one that reads from there.
 type child struct {
 	cmd  *exec.Cmd
 	log  *zap.Logger
@@ -108,6 +109,7 @@ func (c *child) stop(sig os.Signal, signals <-chan os.Signal) {
 		return
 	}
 	c.signal(sig)
+	c.signal(syscall.SIGCONT) // one that is stopped would never act upon it
 	for {
 		select {
 		case <-c.done:

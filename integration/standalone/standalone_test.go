@@ -340,6 +340,14 @@ func TestOtherSignalsArePassedOn(t *testing.T) {
 	i.says("got TERM")
 }
 
+// As one is that reads from a terminal, since it isn't in the foreground there. systemd continues what it ends, too.
+func TestApplicationThatIsStoppedEnds(t *testing.T) {
+	i := run(t, []string{"--health={}"}, "sh", "-c", `trap 'exit 3' TERM; echo set; kill -STOP $$; while :; do sleep 0.1; done`)
+	i.says("set")
+	i.signal(syscall.SIGTERM)
+	i.exits(3)
+}
+
 // What nohup(1) does is for the application, too.
 func TestHangupThatIsIgnoredStaysIgnored(t *testing.T) {
 	i := runBy(t, []string{"sh", "-c", `trap "" HUP; exec "$0" "$@"`}, nil, "sh", "-c", "echo set; read line; exit 5")
