@@ -62,9 +62,9 @@ const pureAckAfter = 400 * time.Millisecond
 // What makes an opening; see connection.opening. All of it errs to the long side, since a server that lacks CPU time may
 // be that slow.
 const (
-	// openingTime is how long what was received and what was sent may belong to the handshake: a second ticket waits for
-	// the acknowledgement of the first, which the client may delay by 200 ms (TCP_DELACK_MAX).
-	openingTime = time.Second
+	// openingTime is how long after the client's part has been read the server's may be sent: a second ticket waits for the
+	// acknowledgement of the first, which the client may delay by 200 ms (TCP_DELACK_MAX).
+	openingTime = 2 * time.Second
 	// openingOut is the most segments that a handshake and its tickets take: 20 kB of certificates.
 	openingOut = 16
 	// openingIn: a connection that was there before the first sample, with more segments in than two for a hello with a
@@ -172,8 +172,8 @@ type connection struct {
 	surplus, base uint32
 	based, paired bool
 
-	// opened is the first sample with more than one segment in, zero before, and past is that the opening is over; see
-	// opening. doubted: but for it the connection would have been idle.
+	// opened is the first sample with more than one segment in, and all of it read; zero before. past: the opening is over;
+	// see opening. doubted: but for it the connection would have been idle.
 	opened        time.Time
 	past, doubted bool
 
@@ -184,16 +184,17 @@ type connection struct {
 // opening tells whether what was sent last may be no answer, though it was sent after the last request. A TLS 1.3 server
 // sends session tickets after the client has finished the handshake (RFC 8446, 4.6.1), and the client sends its first
 // request without waiting for them; one of TLS 1.2 with a false start (RFC 7918) does the same. The kernel doesn't see what
-// the bytes are, so this goes for connections without TLS too. It ends when data comes a second after the handshake was
-// done, which is what the second segment that comes does, or an answer a second after its request. Before the second
-// segment there is no handshake, and no request on TLS.
+// the bytes are, so this goes for connections without TLS too. It ends when data comes, or an answer, some time after the
+// application has read the client's part of the handshake, which ends in the second segment at the earliest; a first one
+// alone is a hello, or no TLS.
 func (c *connection) opening(s *socket, now time.Time) bool {
 	if s.info && s.segsIn > 1 && !c.past {
-		if c.opened.IsZero() {
+		if c.opened.IsZero() || s.unread > 0 {
 			c.opened = now
 		}
+		since := now.Sub(c.opened)
 		c.past = s.segsOut > openingOut || !c.fresh && s.segsIn > openingIn ||
-			now.Sub(c.opened)-s.receivedAge > openingTime || s.receivedAge-s.sentAge > openingTime
+			since-s.receivedAge > openingTime || min(since, s.receivedAge)-s.sentAge > openingTime
 	}
 	return c.inOpening() && (s.state == stateEstablished || s.state == stateCloseWait)
 }

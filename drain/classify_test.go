@@ -83,6 +83,7 @@ func TestOpeningIsWhatTheHandshakeMayStillSend(t *testing.T) {
 		at                   time.Duration
 		segsIn, segsOut      uint32
 		receivedAge, sentAge time.Duration
+		unread               uint32
 		want                 bool
 	}
 	for _, tc := range []struct {
@@ -90,28 +91,37 @@ func TestOpeningIsWhatTheHandshakeMayStillSend(t *testing.T) {
 		old   bool // the connection was there at the first sample
 		looks []look
 	}{
-		{"one segment in: a hello, or a request without TLS", false, []look{{0, 1, 3, 9 * ms, 5 * ms, false}}},
+		{"one segment in: a hello, or a request without TLS", false, []look{{0, 1, 3, 9 * ms, 5 * ms, 0, false}}},
 		{"tickets after the end of the handshake", false, []look{
-			{0, 1, 3, 4 * ms, 4 * ms, false}, {sec, 3, 4, 980 * ms, 980 * ms, true}, {3 * sec, 3, 5, 2980 * ms, 2936 * ms, true},
+			{0, 1, 3, 4 * ms, 4 * ms, 0, false}, {sec, 3, 4, 980 * ms, 980 * ms, 0, true}, {9 * sec, 3, 5, 8980 * ms, 8936 * ms, 0, true},
 		}},
-		{"an answer a second after the request is none of them", false, []look{
-			{0, 3, 4, 4 * ms, 0, true}, {2 * sec, 3, 5, 2004 * ms, 900 * ms, false}, {3 * sec, 4, 6, 8 * ms, 8 * ms, false},
+		{"an answer long after the request is none of them", false, []look{
+			{0, 3, 4, 4 * ms, 0, 0, true}, {3 * sec, 3, 5, 3004 * ms, 900 * ms, 0, false}, {4 * sec, 4, 6, 8 * ms, 8 * ms, 0, false},
 		}},
-		{"the second request within the second", false, []look{{0, 3, 4, 4 * ms, 0, true}, {sec, 4, 5, 20 * ms, 8 * ms, true}}},
-		{"a request later than that", false, []look{{0, 3, 4, 4 * ms, 0, true}, {2 * sec, 4, 5, 20 * ms, 8 * ms, false}}},
-		{"a request later than that, before the next look", false, []look{{0, 3, 4, 4 * ms, 0, true}, {9 * sec, 4, 5, 7 * sec, 7 * sec, false}}},
+		{"as long after the request, but not after it was read", false, []look{
+			{0, 3, 1, 3 * sec, 3 * sec, 0, true}, {sec, 3, 1, 4 * sec, 4 * sec, 300, true}, {3 * sec, 3, 2, 6 * sec, sec, 0, true},
+		}},
+		{"a second request right after the first", false, []look{{0, 3, 4, 4 * ms, 0, 0, true}, {sec, 4, 5, 20 * ms, 8 * ms, 0, true}}},
+		{"a request long after the first", false, []look{{0, 3, 4, 4 * ms, 0, 0, true}, {3 * sec, 4, 5, 20 * ms, 8 * ms, 0, false}}},
+		{"a request long after the first, before the next look", false, []look{{0, 3, 4, 4 * ms, 0, 0, true}, {9 * sec, 4, 5, 6 * sec, 6 * sec, 0, false}}},
+		{"a request long after the rest, which the application had not read", false, []look{
+			{0, 2, 1, 4 * ms, 8 * ms, 80, true}, {3 * sec, 3, 1, 900 * ms, 3008 * ms, 380, true}, {4 * sec, 3, 2, 1900 * ms, 500 * ms, 0, true},
+		}},
 		{"connected long before the handshake", false, []look{
-			{0, 0, 0, 0, 0, false}, {60 * sec, 3, 4, 100 * ms, 96 * ms, true},
+			{0, 0, 0, 0, 0, 0, false}, {60 * sec, 3, 4, 100 * ms, 96 * ms, 0, true},
 		}},
-		{"more sent than handshakes need", false, []look{{0, 3, 17, 4 * ms, 0, false}}},
-		{"there before the first look, as short as an opening", true, []look{{0, 4, 5, 4 * ms, 0, true}}},
-		{"there before the first look, with a longer history", true, []look{{0, 5, 5, 4 * ms, 0, false}}},
+		{"more sent than handshakes need", false, []look{{0, 3, 17, 4 * ms, 0, 0, false}}},
+		{"there before the first look, as short as an opening", true, []look{{0, 4, 5, 4 * ms, 0, 0, true}}},
+		{"there before the first look, with a longer history", true, []look{{0, 5, 5, 4 * ms, 0, 0, false}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := connection{fresh: !tc.old}
 			start := time.Now()
 			for i, l := range tc.looks {
-				s := socket{state: stateEstablished, info: true, segsIn: l.segsIn, segsOut: l.segsOut, receivedAge: l.receivedAge, sentAge: l.sentAge}
+				s := socket{
+					state: stateEstablished, info: true, unread: l.unread, segsIn: l.segsIn, segsOut: l.segsOut,
+					receivedAge: l.receivedAge, sentAge: l.sentAge,
+				}
 				if got := c.opening(&s, start.Add(l.at)); got != l.want {
 					t.Errorf("look %d: %v, want %v", i, got, l.want)
 				}
