@@ -88,7 +88,7 @@ var rules = []rule{
 	},
 	{
 		of: module + "/cmd/usherctl", never: []string{"k8s.io"},
-		why: "it asks etcd and agents; an operator needs no kubeconfig for it, and it is to stay small",
+		why: "it asks etcd alone; an operator needs no kubeconfig for it, and it is to stay small",
 	},
 	{
 		of: module + "/cmd/usher-agent", never: []string{"k8s.io/client-go/kubernetes", "github.com/spf13/cobra"},

@@ -83,8 +83,9 @@ type server struct {
 func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	a := &agent{cfg: cfg, log: log, readiness: newReadiness()}
 	watcher.RouteKlog(log.Named("client-go"))
+	clients := sparing(log)
 	// gRPC has one logger for the process, and says at its info level what each connection does.
-	grpclog.SetLoggerV2(zapgrpc.NewLogger(log.Named("grpc").WithOptions(zap.IncreaseLevel(zap.WarnLevel))))
+	grpclog.SetLoggerV2(zapgrpc.NewLogger(clients.Named("grpc").WithOptions(zap.IncreaseLevel(zap.WarnLevel))))
 
 	formats := map[string][]registry.NamedFormat{}
 	for _, s := range cfg.Services {
@@ -98,7 +99,7 @@ func newAgent(cfg config, log *zap.Logger) (_ *agent, err error) {
 	}
 	a.registrar, err = registry.New(registry.Config{
 		Cluster: cfg.Cluster, Namespace: cfg.Namespace, Pod: cfg.Pod, PodUID: cfg.PodUID,
-		Dial:       func() (*clientv3.Client, error) { return cfg.Etcd.Dial(log.Named("etcd")) },
+		Dial:       func() (*clientv3.Client, error) { return cfg.Etcd.Dial(clients.Named("etcd")) },
 		Formats:    formats,
 		Attributes: cfg.Attributes,
 		TTL:        cfg.LeaseTTL,

@@ -612,13 +612,13 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 		}
 		i := slices.IndexFunc(all, func(s setting) bool { return s.key() == key && s.flag != "service" })
 		if i < 0 {
-			var keys []string
+			want := "usher-agent --help lists the settings"
 			for _, s := range all {
-				if s.flag != "service" {
-					keys = append(keys, s.key())
+				if fold(s.key()) == fold(key) && s.flag != "service" {
+					want = "want " + s.key()
 				}
 			}
-			errs = append(errs, fmt.Errorf("%s: no such setting; there are services, %s", where, strings.Join(keys, ", ")))
+			errs = append(errs, fmt.Errorf("%s: no such setting; %s", where, want))
 			continue
 		}
 		if all[i].tree {
@@ -637,6 +637,11 @@ func parseFile(path string, c *config, all []setting, apply func(setting, string
 		apply(all[i], where, values...)
 	}
 	return errors.Join(errs...)
+}
+
+// fold makes the spellings of a setting one: lease-ttl, lease_ttl, leaseTTL.
+func fold(key string) string {
+	return strings.ToLower(strings.NewReplacer("-", "", "_", "").Replace(key))
 }
 
 // scalars reads a JSON string, number, boolean, or a list of these.

@@ -117,10 +117,15 @@ func buildVersion() string {
 	return "unknown"
 }
 
-// flatten is the list of errors that were joined into err.
+// flatten is the list of errors that were joined into err, in whatever depth.
 func flatten(err error) []error {
-	if j, ok := err.(interface{ Unwrap() []error }); ok {
-		return j.Unwrap()
+	j, ok := err.(interface{ Unwrap() []error })
+	if !ok || err.Error() != errors.Join(j.Unwrap()...).Error() { // of several too, but in a sentence of its own
+		return []error{err}
 	}
-	return []error{err}
+	var all []error
+	for _, e := range j.Unwrap() {
+		all = append(all, flatten(e)...)
+	}
+	return all
 }
