@@ -217,6 +217,23 @@ func TestHookTakesGetAndPostOnly(t *testing.T) {
 	})
 }
 
+func TestRestartThatConsumersDoNotSeeIsNoRegistration(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zap.InfoLevel)
+		a := newTestAgent(t, zap.New(core))
+		a.registryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Inherited: true, Lease: "6", Keys: []string{"k"}})
+		a.registryChanged(lifecycle.RegistryStatus{InSync: true, Advertised: true, Lease: "7", Keys: []string{"k"}})
+		a.registryChanged(lifecycle.RegistryStatus{InSync: true, Lease: "7"})
+		var said []string
+		for _, e := range logs.All() {
+			said = append(said, e.Message)
+		}
+		if got, want := strings.Join(said, "; "), "found registered by the agent before this one; deregistered"; got != want {
+			t.Errorf("said %q, want %q", got, want)
+		}
+	})
+}
+
 // Availability and workers are decoded by the same means; their tests are the health package's.
 func TestOrdersAreReadToTheLetter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
