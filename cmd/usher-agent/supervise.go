@@ -34,7 +34,7 @@ func passedOn() []os.Signal {
 }
 
 // supervised keeps the application's signals from ending the agent, for good: before there is an application, and after.
-func supervised(chan<- os.Signal) { signal.Notify(make(chan os.Signal), passedOn()...) }
+func supervised(chan<- os.Signal) { signal.Notify(make(chan os.Signal, 1), passedOn()...) }
 
 // child is the application that `usher-agent run -- COMMAND` supervises. It has the agent's standard streams, folder and
 // environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only. That makes
