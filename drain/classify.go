@@ -172,10 +172,11 @@ type connection struct {
 	surplus, base uint32
 	based, paired bool
 
-	// opened is the first sample with more than one segment in, and all of it read; zero before. past: the opening is over;
-	// see opening. doubted: but for it the connection would have been idle.
-	opened        time.Time
-	past, doubted bool
+	// opened is the first sample with more than one segment in, or the last one before the application had read (read) what
+	// was there, which it takes its time for (busy); zero before. past: the opening is over; see opening. doubted: but for it
+	// the connection would have been idle.
+	opened                    time.Time
+	read, busy, past, doubted bool
 
 	// pause is the longest silence after which the current answer went on: it is a stream. 0: none was seen.
 	pause time.Duration
@@ -189,12 +190,20 @@ type connection struct {
 // alone is a hello, or no TLS.
 func (c *connection) opening(s *socket, now time.Time) bool {
 	if s.info && s.segsIn > 1 && !c.past {
-		if c.opened.IsZero() || s.unread > 0 {
+		readAge := s.receivedAge
+		switch {
+		case s.unread > 0 && !c.read:
+			c.opened, c.busy = now, true
+		case c.opened.IsZero():
 			c.opened = now
 		}
+		c.read = c.read || s.unread == 0
 		since := now.Sub(c.opened)
+		if c.busy {
+			readAge = min(readAge, since)
+		}
 		c.past = s.segsOut > openingOut || !c.fresh && s.segsIn > openingIn ||
-			since-s.receivedAge > openingTime || min(since, s.receivedAge)-s.sentAge > openingTime
+			since-s.receivedAge > openingTime || readAge-s.sentAge > openingTime
 	}
 	return c.inOpening() && (s.state == stateEstablished || s.state == stateCloseWait)
 }

@@ -99,7 +99,7 @@ func TestOpeningIsWhatTheHandshakeMayStillSend(t *testing.T) {
 			{0, 3, 4, 4 * ms, 0, 0, true}, {3 * sec, 3, 5, 3004 * ms, 900 * ms, 0, false}, {4 * sec, 4, 6, 8 * ms, 8 * ms, 0, false},
 		}},
 		{"as long after the request, but not after it was read", false, []look{
-			{0, 3, 1, 3 * sec, 3 * sec, 0, true}, {sec, 3, 1, 4 * sec, 4 * sec, 300, true}, {3 * sec, 3, 2, 6 * sec, sec, 0, true},
+			{0, 3, 1, 3 * sec, 3 * sec, 300, true}, {sec, 3, 1, 4 * sec, 4 * sec, 300, true}, {3 * sec, 3, 2, 6 * sec, sec, 0, true},
 		}},
 		{"a second request right after the first", false, []look{{0, 3, 4, 4 * ms, 0, 0, true}, {sec, 4, 5, 20 * ms, 8 * ms, 0, true}}},
 		{"a request long after the first", false, []look{{0, 3, 4, 4 * ms, 0, 0, true}, {3 * sec, 4, 5, 20 * ms, 8 * ms, 0, false}}},
@@ -111,6 +111,10 @@ func TestOpeningIsWhatTheHandshakeMayStillSend(t *testing.T) {
 			{0, 0, 0, 0, 0, 0, false}, {60 * sec, 3, 4, 100 * ms, 96 * ms, 0, true},
 		}},
 		{"more sent than handshakes need", false, []look{{0, 3, 17, 4 * ms, 0, 0, false}}},
+		{"an upload that the application does not keep up with", false, []look{
+			{0, 3, 1, 4 * ms, 8 * ms, 0, true}, {sec, 30, 1, 4 * ms, 1008 * ms, 300, true}, {3 * sec, 90, 1, 4 * ms, 3008 * ms, 300, false},
+		}},
+		{"an answer long after the request, of a connection that is seen late", true, []look{{0, 3, 4, 3 * sec, 50 * ms, 0, false}}},
 		{"there before the first look, as short as an opening", true, []look{{0, 4, 5, 4 * ms, 0, 0, true}}},
 		{"there before the first look, with a longer history", true, []look{{0, 5, 5, 4 * ms, 0, 0, false}}},
 	} {
