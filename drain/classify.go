@@ -211,12 +211,13 @@ func (c *connection) opening(s *socket, now time.Time) bool {
 func (c *connection) inOpening() bool { return !c.opened.IsZero() && !c.past }
 
 // gone returns how long answers are to be expected to take, by a connection that was not there any more at a sample: one
-// that was in its opening may have closed with its answer, which no sample saw then. 0 when it teaches nothing.
+// that was in its opening may have closed with its answer, which no sample saw then, and for all that is known in the
+// middle between two. 0 when it teaches nothing.
 func (c *connection) gone(at time.Time) time.Duration {
 	if c.class != unsure || !c.inOpening() {
 		return 0
 	}
-	return longer(min(2*c.receivedAge, c.receivedAge+at.Sub(c.lastSeen)))
+	return longer(min(2*c.receivedAge, c.receivedAge+at.Sub(c.lastSeen)/2))
 }
 
 // moved tells whether data came or went since the last sample.

@@ -153,6 +153,27 @@ func TestOpeningTeachesNoIdleTimeAsAnAnswer(t *testing.T) {
 	}
 }
 
+func TestOpeningThatEndsUnseenTeachesHowLongItMayHaveTaken(t *testing.T) {
+	seen := time.Now()
+	for _, tc := range []struct {
+		name string
+		c    connection
+		gone time.Duration
+		want time.Duration
+	}{
+		{"long awaited", connection{class: unsure, opened: seen, receivedAge: 2 * time.Second}, 300 * ms, longer(2150 * ms)},
+		{"seen once, soon after the request", connection{class: unsure, opened: seen, receivedAge: 100 * ms}, time.Second, longer(200 * ms)},
+		{"known to be idle", connection{class: idle, opened: seen, receivedAge: 2 * time.Second}, 300 * ms, 0},
+		{"later than its opening", connection{class: unsure, opened: seen, past: true, receivedAge: 2 * time.Second}, 300 * ms, 0},
+		{"one segment in", connection{class: unsure, receivedAge: 2 * time.Second}, 300 * ms, 0},
+	} {
+		tc.c.lastSeen = seen
+		if got := tc.c.gone(seen.Add(tc.gone)); got != tc.want {
+			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+}
+
 // step is one look at a connection: what the kernel says, and when.
 type step struct {
 	at                   time.Duration
