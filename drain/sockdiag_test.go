@@ -356,6 +356,39 @@ func TestSockdiagUploadIsOwed(t *testing.T) {
 	eventually(t, "zero", func() bool { return take(t, s).InFlight == 0 })
 }
 
+// TestSockdiagRequestRightAfterAnAnswerInTwoPartsIsOwed is with what can't be told from a quick answer to one request: see
+// the limits in docs/drain.md.
+func TestSockdiagRequestRightAfterAnAnswerInTwoPartsIsOwed(t *testing.T) {
+	l, s := listener(t)
+	client := dial(t, l)
+	server := accept(t, l)
+	text := make([]byte, 100)
+	send := func(from, to net.Conn) {
+		if _, err := from.Write(text); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(to, text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range openingIn + 1 {
+		send(client, server)
+		send(server, client)
+	}
+	take(t, s)
+	send(client, server)
+	time.Sleep(300 * time.Millisecond)
+	send(server, client)
+	eventually(t, "the first part to look like all", func() bool { return take(t, s).InFlight == 0 })
+	send(server, client)
+	send(client, server)
+	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if got := take(t, s); got.InFlight != 1 {
+			t.Fatalf("%+v, want the request that waits", got)
+		}
+	}
+}
+
 func TestSockdiagHalfClosedClientIsOwedItsAnswer(t *testing.T) {
 	a := newApp(t, "127.0.0.1:0", false)
 	s := newSockdiag(t, SockdiagConfig{Ports: []Port{{Number: a.port}}, MinPatience: 10 * time.Millisecond})

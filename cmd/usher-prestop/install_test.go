@@ -63,7 +63,7 @@ func TestInstalledProgramIsTheSameAndRuns(t *testing.T) {
 			t.Errorf("the folder has %v, want the program alone", names)
 		}
 	}
-	if out, err := exec.Command(target, "--version").Output(); err != nil || string(out) != "v0.0.0-test\n" {
+	if out, err := exec.Command(target, "--version").Output(); err != nil || string(out) != "usher-prestop v0.0.0-test\n" {
 		t.Errorf("the copy prints %q, %v", out, err)
 	}
 }

@@ -172,7 +172,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 		io.WriteString(stdout, usage)
 		return exitDrained
 	case err == nil && *showVersion:
-		fmt.Fprintln(stdout, buildVersion())
+		fmt.Fprintln(stdout, "usher-prestop", buildVersion())
 		return exitDrained
 	case err == nil:
 		err = cfg.fill(fs, *agent, *token, *tokenFile, *output, getenv)

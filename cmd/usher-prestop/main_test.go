@@ -333,7 +333,7 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 }
 
 func TestHelpAndVersion(t *testing.T) {
-	if r := hook(t, nil, "--version"); r.code != 0 || r.stdout != "v0.0.0-test\n" {
+	if r := hook(t, nil, "--version"); r.code != 0 || r.stdout != "usher-prestop v0.0.0-test\n" {
 		t.Errorf("%+v", r)
 	}
 	r := hook(t, nil, "--help")

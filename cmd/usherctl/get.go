@@ -25,7 +25,7 @@ func (a *app) getInstances() *cobra.Command {
   Stopped   its agent has ended
 
 AGE is how long the instance has been in its state. A value in etcd that is no record shows as Unreadable.`,
-		Args:              cobra.MaximumNArgs(1),
+		Args:              arguments(0, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: a.reading("SERVICE", func(ctx context.Context, c *registry.Catalog, explain func(error) error, service string) error {
 			entries, err := c.List(ctx, a.namespace, service)

@@ -21,7 +21,7 @@ func (a *app) hold() *cobra.Command {
 		Long: `Take a pod out of the registry until it is resumed or the hold expires. The pod goes on running, ready for Kubernetes;
 consumers that discover it through etcd no longer find it. A second hold replaces the first. The hold is the pod's: the
 one that takes its place is not held.`,
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments(1, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
@@ -63,7 +63,7 @@ func (a *app) resume() *cobra.Command {
 	return &cobra.Command{
 		Use:               "resume POD",
 		Short:             "End the hold on a pod: it may come back into the registry",
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments(1, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.changeHold(cmd, args[0], func(ctx context.Context, e etcd, r registry.Record) error {

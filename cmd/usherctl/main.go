@@ -79,17 +79,21 @@ type app struct {
 
 func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
-		Use:           strings.ReplaceAll(a.name, " ", "-"),
-		Short:         "Show the service instances that Usher keeps in etcd, and hold one",
-		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: a.name},
-		Version:       buildVersion(),
-		SilenceErrors: true,
-		SilenceUsage:  true,
+		Use:         strings.ReplaceAll(a.name, " ", "-"),
+		Short:       "Show the service instances that Usher keeps in etcd, and hold one",
+		Annotations: map[string]string{cobra.CommandDisplayNameAnnotation: a.name},
+		Version:     buildVersion(),
+		Args:        noSuchCommand,
+		RunE:        func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+
+		DisableFlagsInUseLine: true,
+		SilenceErrors:         true,
+		SilenceUsage:          true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			return a.check(cmd)
 		},
 	}
-	root.SetVersionTemplate("{{.Version}}\n")
+	root.SetVersionTemplate("usherctl {{.Version}}\n")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w (%s --help lists the flags)", err, cmd.CommandPath())
 	})
@@ -112,12 +116,40 @@ func (a *app) command() *cobra.Command {
 	// The errors are about names that don't exist, which is ours alone.
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
 
-	get := &cobra.Command{Use: "get", Short: "Show instances, or the verdicts of shutdowns", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+	get := &cobra.Command{Use: "get", Short: "Show instances, or the verdicts of shutdowns", Args: noSuchCommand, RunE: func(cmd *cobra.Command, _ []string) error {
 		return fmt.Errorf("get what? want: %[1]s instances [SERVICE], or %[1]s verdicts [POD]", cmd.CommandPath())
 	}}
 	get.AddCommand(a.getInstances(), a.getVerdicts())
 	root.AddCommand(get, a.watch(), a.status(), a.hold(), a.resume())
 	return root
+}
+
+// noSuchCommand refuses what follows a command that has subcommands, and is none of them.
+func noSuchCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	var names []string
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() && c.Name() != "completion" {
+			names = append(names, c.Name())
+		}
+	}
+	return fmt.Errorf("unknown command %q: want one of %s (%s --help)", args[0], strings.Join(names, ", "), cmd.CommandPath())
+}
+
+// arguments refuses fewer and more than a command's line of use shows.
+func arguments(least, most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		use := cmd.CommandPath() + strings.TrimPrefix(cmd.Use, cmd.Name())
+		switch {
+		case len(args) < least:
+			return fmt.Errorf("an argument is missing: want %s", use)
+		case len(args) > most:
+			return fmt.Errorf("%q is one argument too many: want %s", args[most], use)
+		}
+		return nil
+	}
 }
 
 func buildVersion() string {

@@ -23,10 +23,11 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 		want string
 	}{
 		{[]string{"--nope"}, nil, "unknown flag: --nope"},
-		{[]string{"drain"}, nil, `unknown command "drain"`},
+		{[]string{"drain"}, nil, `unknown command "drain": want one of get, hold, resume, status, watch (usherctl --help)`},
+		{[]string{"--bogus", "get", "instances"}, nil, "unknown flag: --bogus"},
 		{[]string{"get"}, nil, "get what?"},
-		{[]string{"get", "pods"}, nil, `unknown command "pods"`},
-		{[]string{"get", "instances", "a", "b"}, nil, "at most 1 arg"},
+		{[]string{"get", "pods"}, nil, `unknown command "pods": want one of instances, verdicts`},
+		{[]string{"get", "instances", "a", "b"}, nil, "want usherctl get instances [SERVICE]"},
 		{[]string{"get", "instances", "a/b"}, nil, `SERVICE is "a/b": want a name without '/'`},
 		{[]string{"get", "instances", "-o", "xml"}, nil, `--output is "xml": want table, wide, json or yaml`},
 		{[]string{"get", "instances", "-n", ""}, nil, `--namespace is ""`},
@@ -36,11 +37,11 @@ func TestBadInputIsOneLineThatNamesIt(t *testing.T) {
 		{[]string{"watch"}, map[string]string{"ETCDCTL_DIAL_TIMEOUT": "x"}, `ETCDCTL_DIAL_TIMEOUT is "x"`},
 		{[]string{"watch", "--endpoints", "etcd"}, nil, `endpoints has "etcd": want host:port`},
 		{[]string{"watch", "--cert", "c", "--endpoints", "https://a:1"}, nil, `cert is "c", but key is empty`},
-		{[]string{"status"}, nil, "accepts 1 arg(s), received 0"},
+		{[]string{"status"}, nil, "an argument is missing: want usherctl status POD"},
 		{[]string{"get", "verdicts", "a/b"}, nil, `POD is "a/b": want a name without '/'`},
-		{[]string{"hold", "--reason", "x"}, nil, "accepts 1 arg(s), received 0"},
+		{[]string{"hold", "--reason", "x"}, nil, "an argument is missing: want usherctl hold POD"},
 		{[]string{"hold", "p", "--for", "soon"}, nil, `invalid argument "soon" for "--for"`},
-		{[]string{"resume", "a", "b"}, nil, "accepts 1 arg(s), received 2"},
+		{[]string{"resume", "a", "b"}, nil, `"b" is one argument too many: want usherctl resume POD`},
 	} {
 		code, stdout, stderr := ctl(t, tc.env, append([]string{"usherctl"}, tc.args...)...)
 		if code != 1 || stdout != "" || !strings.HasPrefix(stderr, "usherctl: ") || !strings.Contains(stderr, tc.want) || strings.Count(stderr, "\n") != 1 {

@@ -20,7 +20,7 @@ func (a *app) status() *cobra.Command {
 		Long: `Show the ledger's records of one pod, one for each of its Services, and hold them against what etcd really has: what is
 left of the lease, and whether each consumer key is there under that same lease. How its last shutdown ended comes last;
 that is there for a while after the pod is gone.`,
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments(1, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, explain, stop, err := a.catalog(cmd)

@@ -24,7 +24,7 @@ release, 10 minutes unless the agent is told otherwise.
 
 IN FLIGHT is what was left at the release, TOOK the time from the first sign of the shutdown to the release, AGE the time
 since then.`,
-		Args:              cobra.MaximumNArgs(1),
+		Args:              arguments(0, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: a.reading("POD", func(ctx context.Context, c *registry.Catalog, explain func(error) error, pod string) error {
 			entries, err := c.Verdicts(ctx, a.namespace, pod)

@@ -22,7 +22,7 @@ func (a *app) watch() *cobra.Command {
 
 TIME is when the state began, for what is there at first, and when the change was seen, for the rest. With -o json there
 is one object a line, with -o yaml one document for each change.`,
-		Args:              cobra.MaximumNArgs(1),
+		Args:              arguments(0, 1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: a.reading("SERVICE", func(ctx context.Context, c *registry.Catalog, explain func(error) error, service string) error {
 			p := changePrinter{app: a}
