@@ -303,7 +303,9 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 		return &wg
 	}
 	registrar := start("registry", a.registrar.Run, writing)
-	waits := []*sync.WaitGroup{start("lifecycle", a.machine.Run, deciding), start("health", a.health.Run, deciding)}
+	waits := []*sync.WaitGroup{
+		start("lifecycle", a.machine.Run, deciding), start("health", a.health.Run, deciding), start("orphans", reapOrphans, deciding),
+	}
 	tellers := []*sync.WaitGroup{start("notify", a.receivers.Run, telling)}
 	if a.healthGRPC != nil {
 		waits = append(waits, start("grpc.health.v1", a.healthGRPC, deciding))
@@ -328,7 +330,6 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 
 	var err error
 	if len(a.cfg.Command) > 0 {
-		waits = append(waits, start("orphans", reapOrphans, deciding))
 		a.child, err = startChild(a.cfg.Command, a.log.Named("application"))
 	}
 	for err == nil {
@@ -340,10 +341,6 @@ func (a *agent) run(ctx context.Context, signals <-chan os.Signal) error {
 		case <-a.child.exited():
 			err = errExited
 		case sig := <-signals:
-			if !ends(sig) {
-				a.child.signal(sig)
-				continue
-			}
 			a.stop(ctx, sig, signals)
 			err = errStopped
 		}
@@ -375,6 +372,7 @@ func (a *agent) stop(ctx context.Context, sig os.Signal, signals <-chan os.Signa
 	a.log.Info("signal", zap.Stringer("signal", sig))
 	draining, giveUp := context.WithCancel(ctx)
 	impatience := make(chan struct{})
+	gone := a.child.exited()
 	go func() {
 		defer close(impatience)
 		for times := 2; ; times++ {
@@ -384,6 +382,9 @@ func (a *agent) stop(ctx context.Context, sig os.Signal, signals <-chan os.Signa
 				if times > 2 {
 					giveUp()
 				}
+			case <-gone:
+				a.machine.Force("the application has exited")
+				gone = nil
 			case <-draining.Done():
 				return
 			}
@@ -467,8 +468,11 @@ func (a *agent) ports(o lifecycle.Observation) []drain.Port {
 	}
 	for _, s := range a.cfg.Services {
 		for _, f := range s.Formats {
-			if n, err := strconv.ParseUint(f.Port, 10, 16); err == nil {
-				add("", uint16(n), false)
+			refs, _ := f.Ports() // valid, as the settings are
+			for _, ref := range refs {
+				if n, err := strconv.ParseUint(ref, 10, 16); err == nil {
+					add("", uint16(n), false)
+				}
 			}
 		}
 	}

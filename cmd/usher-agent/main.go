@@ -60,9 +60,12 @@ func main() {
 		runtime.GOMAXPROCS(1)
 	}
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	signal.Notify(signals, syscall.SIGTERM)
+	if !signal.Ignored(os.Interrupt) { // as a shell has it for what a script starts in the background
+		signal.Notify(signals, os.Interrupt)
+	}
 	if len(os.Args) > 1 && os.Args[1] == "run" {
-		supervised(signals)
+		supervised()
 	}
 	os.Exit(run(os.Args[1:], os.LookupEnv, signals, os.Stdout, os.Stderr))
 }

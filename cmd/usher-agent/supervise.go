@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -34,7 +33,7 @@ func passedOn() []os.Signal {
 }
 
 // supervised keeps the application's signals from ending the agent, for good: before there is an application, and after.
-func supervised(chan<- os.Signal) { signal.Notify(make(chan os.Signal, 1), passedOn()...) }
+func supervised() { signal.Notify(make(chan os.Signal, 1), passedOn()...) }
 
 // child is the application that `usher-agent run -- COMMAND` supervises. It has the agent's standard streams, folder and
 // environment, and a process group of its own, so that a terminal's Ctrl-C reaches it through the shutdown only. That makes
@@ -173,6 +172,3 @@ func zombies(parent int) []int {
 	}
 	return pids
 }
-
-// ends says whether a signal begins a shutdown.
-func ends(sig os.Signal) bool { return !slices.Contains(passedOn(), sig) }
