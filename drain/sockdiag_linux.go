@@ -243,17 +243,22 @@ func (s *Sockdiag) patience() time.Duration {
 
 // patienceWith a connection is the greatest where there is reason to think that it waits, and where too little is
 // known of this application to think otherwise: after a start of the agent. A connection on which there was one request is
-// no such case, since something was sent after it. In its opening it waits also as long as others that closed there.
+// no such case, since something was sent after it. In its opening it waits also as long as others that closed there; and
+// with too little known as long as for a source that tells nothing, since most are idle, and few speak TLS.
 func (s *Sockdiag) patienceWith(c *connection, sock *socket, now time.Time) time.Duration {
 	watched := now.Sub(s.began)
 	learnt := s.answers >= enoughAnswers && watched >= enoughTime || watched >= s.cfg.MaxPatience
-	switch {
-	case c.late, !learnt && sock.segsIn > 1:
-		return s.cfg.MaxPatience
-	case c.inOpening():
-		return max(s.longestFirst, s.patience())
+	patience := s.patience()
+	if c.inOpening() {
+		patience = max(patience, s.longestFirst)
 	}
-	return s.patience()
+	switch {
+	case c.late, !learnt && sock.segsIn > 1 && !c.doubted:
+		return s.cfg.MaxPatience
+	case !learnt && c.doubted:
+		return min(max(patience, DefaultFloor), s.cfg.MaxPatience)
+	}
+	return patience
 }
 
 // Run samples every LearnInterval, give or take a half, and eight times as often while there is traffic, until ctx ends,

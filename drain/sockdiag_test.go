@@ -700,6 +700,38 @@ func TestSockdiagLearnsFirstAnswersByTheirEnd(t *testing.T) {
 	eventually(t, "patience to end", func() bool { return take(t, s).InFlight == 0 })
 }
 
+func TestSockdiagPatienceIsAsGreatAsTheDoubt(t *testing.T) {
+	now := time.Now()
+	opening := connection{class: unsure, opened: now}
+	doubted := opening
+	doubted.doubted = true
+	for _, tc := range []struct {
+		name   string
+		c      connection
+		segsIn uint32
+		learnt bool
+		want   time.Duration
+	}{
+		{"a tie, before much is known", connection{class: unsure}, 2, false, time.Minute},
+		{"a tie after one request, before much is known", connection{class: unsure}, 1, false, 2 * time.Second},
+		{"a tie", connection{class: unsure}, 2, true, 2 * time.Second},
+		{"acknowledged late", connection{class: unsure, late: true}, 2, true, time.Minute},
+		{"a tie in its opening, before much is known", opening, 3, false, time.Minute},
+		{"a tie in its opening", opening, 3, true, 3 * time.Second},
+		{"idle but for its opening, before much is known", doubted, 3, false, DefaultFloor},
+		{"idle but for its opening", doubted, 3, true, 3 * time.Second},
+	} {
+		s := newSockdiag(t, SockdiagConfig{})
+		s.began, s.longest, s.longestFirst = now.Add(-enoughTime), 2*time.Second, 3*time.Second
+		if tc.learnt {
+			s.answers = enoughAnswers
+		}
+		if got := s.patienceWith(&tc.c, &socket{segsIn: tc.segsIn}, now); got != tc.want {
+			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+}
+
 func TestSockdiagIdleTimeIsNotLearntAsAnAnswer(t *testing.T) {
 	a := newApp(t, "127.0.0.1:0", false)
 	s := newSockdiag(t, SockdiagConfig{Ports: []Port{{Number: a.port}}, MinPatience: time.Millisecond})
