@@ -35,9 +35,7 @@
 // exec runs in this process' own container, as a process group of its own, with this process' environment, which is also
 // what $(NAME) in the command refers to. Its output is kept in the order written, not stdout before stderr.
 //
-// https resumes the TLS session of the run before and offers one key exchange, P-256; the kubelet has a full handshake each
-// time, and offers all that Go has. What refuses the one is asked again as the kubelet asks. Nine runs in ten need no certificate
-// of a server that resumes sessions: one that has lost its own, and could shake hands with nobody new, fails up to nine runs later.
+// https resumes the TLS session of the run before; the kubelet has a full handshake each time.
 //
 // The kubelet also probes readiness at once when it happens to look at a pod that is not ready
 // (prober_manager.go: UpdatePodStatus). Here that is so after each change: startup succeeded, the container was
