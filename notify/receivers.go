@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -59,15 +60,28 @@ type finalError struct{ error }
 
 func (e finalError) Unwrap() error { return e.error }
 
+// Config of Receivers.
+type Config struct {
+	Settings
+	Hub *Hub // what they are told of
+	// Dial connects to a webhook; nil: as net.Dialer does. A drain that counts connections must know these for its own.
+	Dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	Logger *zap.Logger
+}
+
 // New checks the settings and what they need of the machine: that commands and the state file's folder are there. It
 // starts nothing.
-func New(s Settings, hub *Hub, log *zap.Logger) (*Receivers, error) {
+func New(cfg Config) (*Receivers, error) {
+	s := cfg.Settings
 	if err := s.Validate(); err != nil {
 		return nil, err
 	}
-	rs := &Receivers{hub: hub, log: log, changed: make(chan struct{})}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	rs := &Receivers{hub: cfg.Hub, log: cfg.Logger, changed: make(chan struct{})}
 	for _, w := range s.Webhooks {
-		rs.list = append(rs.list, rs.webhook(w, webhookTransport()))
+		rs.list = append(rs.list, rs.webhook(w, webhookTransport(cfg.Dial)))
 	}
 	for i, c := range s.Commands {
 		r, err := rs.command(c)

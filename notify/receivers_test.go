@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -81,7 +82,7 @@ func newRig(t *testing.T, w Webhook, answer func(e api.Event, attempt int) (int,
 	core, logs := observer.New(zapcore.WarnLevel)
 	r := &rig{hub: NewHub(), logs: logs, app: &app{answer: answer, began: time.Now(), tries: map[uint64]int{}}}
 	w.URL = "http://user:hunter2@app/hook?key=hunter2"
-	rs, err := New(Settings{Webhooks: []Webhook{w}}, r.hub, zap.New(core))
+	rs, err := New(Config{Settings: Settings{Webhooks: []Webhook{w}}, Hub: r.hub, Logger: zap.New(core)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,7 +323,14 @@ func TestWebhookPostsTheEvent(t *testing.T) {
 	}))
 	defer srv.Close()
 	h := NewHub()
-	rs, err := New(Settings{Webhooks: []Webhook{{URL: srv.URL, Timeout: "10s", Headers: map[string]string{"X-Token": "t", "host": "app"}}}}, h, zap.NewNop())
+	dialled := make(chan string, 1)
+	rs, err := New(Config{
+		Settings: Settings{Webhooks: []Webhook{{URL: srv.URL, Timeout: "10s", Headers: map[string]string{"X-Token": "t", "host": "app"}}}}, Hub: h,
+		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			dialled <- address
+			return new(net.Dialer).DialContext(ctx, network, address)
+		},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,6 +342,9 @@ func TestWebhookPostsTheEvent(t *testing.T) {
 	if got != want {
 		t.Errorf("got  %q\nwant %q", got, want)
 	}
+	if addr := <-dialled; addr != srv.Listener.Addr().String() {
+		t.Errorf("dialled %s", addr)
+	}
 }
 
 // script is a shell script as a command.
@@ -344,7 +355,7 @@ func run(t *testing.T, c Command, events ...api.Event) (*Receivers, *observer.Ob
 	t.Helper()
 	core, logs := observer.New(zapcore.WarnLevel)
 	h := NewHub()
-	rs, err := New(Settings{Commands: []Command{c}}, h, zap.New(core))
+	rs, err := New(Config{Settings: Settings{Commands: []Command{c}}, Hub: h, Logger: zap.New(core)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -447,7 +458,7 @@ func TestStateFileIsTheNewestEventAndAlwaysWhole(t *testing.T) {
 	old := syscall.Umask(0o077)
 	defer syscall.Umask(old)
 	h := NewHub()
-	rs, err := New(Settings{StateFile: path}, h, zap.NewNop())
+	rs, err := New(Config{Settings: Settings{StateFile: path}, Hub: h, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -520,7 +531,7 @@ func TestStateFileIsTriedUntilItIsWrittenOrOvertaken(t *testing.T) {
 	path := filepath.Join(dir, "state.json")
 	core, logs := observer.New(zapcore.DebugLevel)
 	h := NewHub()
-	rs, err := New(Settings{StateFile: path}, h, zap.New(core))
+	rs, err := New(Config{Settings: Settings{StateFile: path}, Hub: h, Logger: zap.New(core)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -588,7 +599,7 @@ func TestBadSettingsAreNamed(t *testing.T) {
 		if err := json.Unmarshal([]byte(tc.settings), &s); err != nil {
 			t.Fatal(err)
 		}
-		_, err := New(s, NewHub(), zap.NewNop())
+		_, err := New(Config{Settings: s, Hub: NewHub()})
 		if err == nil {
 			t.Errorf("%s is accepted", tc.settings)
 			continue

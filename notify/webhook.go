@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -17,8 +18,8 @@ import (
 
 // webhookTransport has no proxy, since the application is on this host, and no keep-alive: to the drain a connection that
 // stays open looks like a client that has not let go.
-func webhookTransport() http.RoundTripper {
-	return &http.Transport{DisableKeepAlives: true, TLSHandshakeTimeout: 5 * time.Second}
+func webhookTransport(dial func(ctx context.Context, network, address string) (net.Conn, error)) http.RoundTripper {
+	return &http.Transport{DialContext: dial, DisableKeepAlives: true, TLSHandshakeTimeout: 5 * time.Second}
 }
 
 func (rs *Receivers) webhook(w Webhook, transport http.RoundTripper) *receiver {

@@ -59,7 +59,7 @@ type agent struct {
 	prober    prober
 	readiness *readiness
 	health    *health.Health
-	own       drain.Own // the probes' connections
+	own       drain.Own // the connections of probes and webhooks
 	hub       *notify.Hub
 	receivers *notify.Receivers
 	// healthGRPC serves grpc.health.v1; nil unless wanted.

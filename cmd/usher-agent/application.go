@@ -32,7 +32,9 @@ func (a *agent) newHealth() (err error) {
 		return err
 	}
 	a.hub = notify.NewHub()
-	a.receivers, err = notify.New(a.cfg.Notify, a.hub, a.log.Named("notify"))
+	a.receivers, err = notify.New(notify.Config{
+		Settings: a.cfg.Notify, Hub: a.hub, Dial: a.own.Dial(new(net.Dialer).DialContext), Logger: a.log.Named("notify"),
+	})
 	if err != nil {
 		return err
 	}
