@@ -262,11 +262,13 @@ func (c *connection) update(s *socket, cl class, now time.Time) (took time.Durat
 			// It takes this long already, and is certain.
 			took = longer(s.receivedAge)
 		case !known || !answered || c.pause > 0:
-		case asked && c.quiet && (c.class == owed || c.class == unsure && !c.doubted && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
+		case asked && c.quiet && (c.class == owed ||
+			c.class == unsure && !c.doubted && cl != idle && s.segsIn-c.segsIn == s.segsOut-c.segsOut):
 			// An exchange since hides when it was answered, which was not after what was sent last. It was seen at a random
 			// moment, so half of it was over. The unsure ones count where they exchange segment for segment: a small answer
 			// that is not followed by a delayed acknowledgement was hardly the last thing that happened. Without them, an
-			// app whose clients all ask again at once would teach nothing.
+			// app whose clients all ask again at once would teach nothing. One that is idle now was idle before: it would
+			// have sent one more, and the silence was the client's.
 			took = longer(min(2*c.receivedAge, c.receivedAge+elapsed-s.sentAge))
 		case cl == idle && !tie:
 			took = longer(s.receivedAge - s.sentAge)

@@ -209,6 +209,10 @@ func TestConnectionUpdate(t *testing.T) {
 			{at: 0, segsIn: 5, segsOut: 40, receivedAge: 700 * ms, sentAge: 700 * ms, class: unsure},
 			{at: 2000 * ms, segsIn: 6, segsOut: 50, receivedAge: 300 * ms, sentAge: 300 * ms, class: unsure},
 		}},
+		{"a tie that turns out to have been idle teaches no silence of the client's", []step{
+			{at: 0, segsIn: 5, segsOut: 4, receivedAge: 4000 * ms, sentAge: 4000 * ms, class: unsure},
+			{at: 200 * ms, segsIn: 6, segsOut: 5, receivedAge: 16 * ms, sentAge: 12 * ms, class: idle, took: longer(4 * ms)},
+		}},
 		{"an answer that goes on unasked is a stream, whose length is no measure", []step{
 			{at: 0, segsIn: 1, segsOut: 1, receivedAge: 1000 * ms, sentAge: 900 * ms, class: idle},
 			{at: 2000 * ms, segsIn: 1, segsOut: 2, receivedAge: 3000 * ms, sentAge: 400 * ms, class: idle, pause: 2500 * ms},

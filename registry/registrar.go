@@ -430,9 +430,11 @@ func (r *Registrar) report(state lifecycle.State, gen uint64, problem, err error
 	case now == nil || before != nil && before.Error() == now.Error():
 	case err != nil:
 		r.log.Warn("registry not as desired, retrying", zap.Stringer("state", state), zap.Error(err))
-	default:
+	case errors.Is(problem, ErrForeign) || errors.Is(problem, ErrSuperseded):
 		r.Counters.Conflicts.Add(1)
 		r.log.Error("registry left alone", zap.Error(problem))
+	default:
+		r.log.Error("no record can be made", zap.Error(problem))
 	}
 	r.publish(now)
 	return now == nil

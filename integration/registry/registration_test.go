@@ -115,6 +115,9 @@ func TestPortThatServiceLacksIsReported(t *testing.T) {
 	if rec := w.record(); rec.State != "Online" || len(rec.Keys) != 0 || w.get(key) != nil {
 		t.Errorf("ledger %+v, consumer record %+v; want a ledger that names no keys, and no record", rec, w.get(key))
 	}
+	if n := a.Counters.Conflicts.Load(); n != 0 {
+		t.Errorf("%d conflicts, and nobody else has a record", n)
+	}
 }
 
 func TestOverlappingTargetsAreRefused(t *testing.T) {

@@ -1,6 +1,7 @@
 package health
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -408,8 +409,10 @@ func (h *Health) evaluate(now time.Time) {
 				level = zapcore.WarnLevel
 			}
 		}
-		h.log.Log(level, "availability", zap.Bool("undecided", h.said.Undecided), zap.String("liveness", string(h.said.Liveness.State)), zap.String("livenessCause", h.said.Liveness.Cause),
-			zap.String("readiness", string(h.said.Readiness.State)), zap.String("readinessCause", h.said.Readiness.Cause))
+		word := func(state string) string { return cmp.Or(state, api.HealthUnknown) }
+		h.log.Log(level, "availability", zap.Bool("undecided", h.said.Undecided),
+			zap.String("liveness", word(string(h.said.Liveness.State))), zap.String("livenessCause", h.said.Liveness.Cause),
+			zap.String("readiness", word(string(h.said.Readiness.State))), zap.String("readinessCause", h.said.Readiness.Cause))
 	}
 	close(h.changed)
 	h.changed = make(chan struct{})
