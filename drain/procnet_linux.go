@@ -42,7 +42,7 @@ type ProcNet struct {
 	own *Own
 
 	mu        sync.Mutex
-	ports     map[uint16]bool
+	ports     map[uint16]Port
 	addresses []netip.Addr
 	cost      time.Duration
 }
@@ -65,7 +65,7 @@ func NewProcNet(cfg ProcNetConfig) (*ProcNet, error) {
 // Name is "connections", for that is what it counts.
 func (p *ProcNet) Name() string { return "connections" }
 
-// SetPorts replaces the ports that are watched. That a port is multiplexed makes no difference.
+// SetPorts replaces the ports that are watched. What they speak makes no difference.
 func (p *ProcNet) SetPorts(ports []Port) error {
 	byNumber, err := portsByNumber(ports)
 	if err != nil {

@@ -59,6 +59,9 @@ type Port struct {
 	// Multiplexed: one connection carries many requests at once (gRPC, h2c). A silent stream can't be seen from outside,
 	// so every open connection counts until its client closes it.
 	Multiplexed bool
+	// Cleartext: connections begin without TLS, which is certain. Otherwise they may begin with a handshake, after which what
+	// the server sends last may be no answer: such a connection is waited for though it may be idle.
+	Cleartext bool
 }
 
 // SockdiagConfig configures a Sockdiag. The zero value of a duration means its default.
@@ -99,7 +102,7 @@ type Sockdiag struct {
 	log *zap.Logger
 
 	mu        sync.Mutex
-	ports     map[uint16]bool // number -> multiplexed
+	ports     map[uint16]Port // by number
 	addresses []netip.Addr
 	nodes     []netip.Addr
 	request   diagRequest // nil when there are no ports
@@ -180,7 +183,7 @@ func (s *Sockdiag) SetAddresses(addrs []netip.Addr) error {
 	return s.set(s.ports, plain(addrs))
 }
 
-func (s *Sockdiag) set(ports map[uint16]bool, addrs []netip.Addr) error {
+func (s *Sockdiag) set(ports map[uint16]Port, addrs []netip.Addr) error {
 	var request diagRequest
 	if len(ports) > 0 {
 		var err error
@@ -205,16 +208,16 @@ func (s *Sockdiag) SetNodes(addrs []netip.Addr) error {
 	return nil
 }
 
-func portsByNumber(ports []Port) (map[uint16]bool, error) {
-	byNumber := make(map[uint16]bool, len(ports))
+func portsByNumber(ports []Port) (map[uint16]Port, error) {
+	byNumber := make(map[uint16]Port, len(ports))
 	for _, p := range ports {
 		if p.Number == 0 {
 			return nil, errors.New("port is 0, must be 1 to 65535")
 		}
-		if multiplexed, ok := byNumber[p.Number]; ok && multiplexed != p.Multiplexed {
-			return nil, fmt.Errorf("port %d is given as multiplexed and as not, must be one of them", p.Number)
+		if other, ok := byNumber[p.Number]; ok && other != p {
+			return nil, fmt.Errorf("port %d is given as multiplexed or cleartext and as not, must be one of them", p.Number)
 		}
-		byNumber[p.Number] = p.Multiplexed
+		byNumber[p.Number] = p
 	}
 	return byNumber, nil
 }
@@ -370,7 +373,7 @@ func threadTime() time.Duration {
 
 // count adds one socket to result.
 func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
-	multiplexed := s.ports[sock.port]
+	port := s.ports[sock.port]
 	c := s.conns[sock.cookie]
 	var known *connection
 	if c == nil {
@@ -391,7 +394,7 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 		s.moved = now
 	}
 	cl := classify(sock, known)
-	doubted := !multiplexed && c.opening(sock, now) && cl == idle
+	doubted := !port.Multiplexed && !port.Cleartext && c.opening(sock, now) && cl == idle
 	if doubted {
 		cl = unsure
 	}
@@ -400,7 +403,7 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 	}
 	took := c.update(sock, cl, now)
 	c.doubted = doubted
-	if !multiplexed && s.round > 1 {
+	if !port.Multiplexed && s.round > 1 {
 		s.longest = max(s.longest, took)
 	}
 
@@ -409,7 +412,7 @@ func (s *Sockdiag) count(result *Sample, sock *socket, now time.Time) {
 		result.Connections++
 	}
 	switch {
-	case multiplexed && sock.state == stateEstablished:
+	case port.Multiplexed && sock.state == stateEstablished:
 		result.InFlight++
 	case cl == owed:
 		result.InFlight++

@@ -700,6 +700,35 @@ func TestSockdiagLearnsFirstAnswersByTheirEnd(t *testing.T) {
 	eventually(t, "patience to end", func() bool { return take(t, s).InFlight == 0 })
 }
 
+func TestSockdiagWaitsForNoHandshakeWhereThereIsNone(t *testing.T) {
+	for _, cleartext := range []bool{false, true} {
+		l, s := listener(t)
+		s.cfg.MinPatience = time.Minute
+		if err := s.SetPorts([]Port{{Number: portOf(l.Addr()), Cleartext: cleartext}}); err != nil {
+			t.Fatal(err)
+		}
+		take(t, s)
+		client := dial(t, l)
+		server := accept(t, l)
+		for range 2 {
+			fmt.Fprint(client, "request")
+			io.ReadFull(server, make([]byte, len("request")))
+			time.Sleep(10 * time.Millisecond) // later than the request, in the kernel's clock
+			fmt.Fprint(server, "answer")
+			io.ReadFull(client, make([]byte, len("answer")))
+		}
+		want := 1
+		if cleartext {
+			want = 0
+		}
+		var got Sample
+		eventually(t, "the client to acknowledge", func() bool { got = take(t, s); return got.InFlight == got.Unsure })
+		if got.Unsure != want {
+			t.Errorf("cleartext %t: %+v, want %d in flight, unsure", cleartext, got, want)
+		}
+	}
+}
+
 func TestSockdiagPatienceIsAsGreatAsTheDoubt(t *testing.T) {
 	now := time.Now()
 	opening := connection{class: unsure, opened: now}

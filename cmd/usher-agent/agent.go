@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -449,17 +450,19 @@ func (a *agent) missesHook(p lifecycle.Pod) {
 
 // ports are those that consumers may have connections to: the endpoint's, and numbers that a format names.
 func (a *agent) ports(o lifecycle.Observation) []drain.Port {
-	multiplexed := map[uint16]bool{}
-	add := func(name string, number uint16, is bool) {
-		is = is || slices.Contains(a.cfg.MultiplexedPorts, strconv.Itoa(int(number))) || name != "" && slices.Contains(a.cfg.MultiplexedPorts, name)
-		multiplexed[number] = multiplexed[number] || is
+	ports := map[uint16]drain.Port{}
+	add := func(number uint16, name, appProtocol string) {
+		told := protocol(name, appProtocol)
+		told.Multiplexed = told.Multiplexed || slices.Contains(a.cfg.MultiplexedPorts, strconv.Itoa(int(number))) || name != "" && slices.Contains(a.cfg.MultiplexedPorts, name)
+		p := ports[number]
+		ports[number] = drain.Port{Number: number, Multiplexed: p.Multiplexed || told.Multiplexed, Cleartext: p.Cleartext || told.Cleartext}
 	}
 	found := false
 	for _, e := range o.Endpoints {
 		found = found || e.Found
 		for _, p := range e.Ports {
 			if p.Number != 0 && (p.Protocol == "TCP" || p.Protocol == "") {
-				add(p.Name, p.Number, isMultiplexed(p))
+				add(p.Number, p.Name, p.AppProtocol)
 			}
 		}
 	}
@@ -471,30 +474,28 @@ func (a *agent) ports(o lifecycle.Observation) []drain.Port {
 			refs, _ := f.Ports() // valid, as the settings are
 			for _, ref := range refs {
 				if n, err := strconv.ParseUint(ref, 10, 16); err == nil {
-					add("", uint16(n), false)
+					add(uint16(n), "", "")
 				}
 			}
 		}
 	}
-	var out []drain.Port
-	for n, is := range multiplexed {
-		out = append(out, drain.Port{Number: n, Multiplexed: is})
-	}
-	return out
+	return slices.Collect(maps.Values(ports))
 }
 
-// isMultiplexed goes by the names that Kubernetes' appProtocol (kubernetes.io/h2c, KEP-3726) and service meshes' port
-// names (grpc, grpc-web, http2, as a whole or before a dash) have in use. WebSocket is not among them: one connection
-// carries one stream, and its activity is seen.
-func isMultiplexed(p lifecycle.Port) bool {
-	first, _, _ := strings.Cut(strings.ToLower(p.Name), "-")
-	switch strings.ToLower(p.AppProtocol) {
+// protocol goes by the names that Kubernetes' appProtocol (kubernetes.io/h2c, KEP-3726) and service meshes' port names (grpc,
+// grpc-web, http2, http, as a whole or before a dash; to Istio http is cleartext, https is not) have in use. WebSocket is
+// not multiplexed: one connection carries one stream, and its activity is seen.
+func protocol(name, appProtocol string) drain.Port {
+	first, _, _ := strings.Cut(strings.ToLower(name), "-")
+	switch strings.ToLower(appProtocol) {
 	case "kubernetes.io/h2c", "grpc", "h2c", "http2", "h2":
-		return true
+		return drain.Port{Multiplexed: true}
+	case "http", "kubernetes.io/ws", "ws":
+		return drain.Port{Cleartext: true}
 	case "":
-		return first == "grpc" || first == "h2c" || first == "http2"
+		return drain.Port{Multiplexed: first == "grpc" || first == "h2c" || first == "http2", Cleartext: first == "http"}
 	}
-	return false
+	return drain.Port{}
 }
 
 // registryChanged is called from the registrar's goroutine.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -438,24 +439,29 @@ func TestSocketOfAKilledAgentIsReplaced(t *testing.T) {
 	}
 }
 
-func TestMultiplexedPortsAreToldByAppProtocolNameAndSetting(t *testing.T) {
+func TestProtocolsAreToldByAppProtocolNameAndSetting(t *testing.T) {
 	a := &agent{cfg: config{MultiplexedPorts: []string{"rpc", "7000"}}}
 	ports := []lifecycle.Port{
 		{Name: "http", Number: 8080}, {Name: "grpc", Number: 1}, {Name: "grpc-api", Number: 2}, {Name: "web", Number: 3, AppProtocol: "kubernetes.io/h2c"},
 		{Name: "grpc", Number: 4, AppProtocol: "http"}, {Name: "rpc", Number: 5}, {Name: "x", Number: 7000}, {Name: "ws", Number: 6, AppProtocol: "kubernetes.io/ws"},
-		{Name: "dns", Number: 53, Protocol: "UDP"},
+		{Name: "dns", Number: 53, Protocol: "UDP"}, {Name: "https", Number: 8443}, {Name: "http", Number: 8444, AppProtocol: "https"},
+		{Name: "http-web", Number: 8081}, {Name: "web", Number: 8082},
 	}
-	got := map[uint16]bool{}
+	got := map[uint16]drain.Port{}
 	for _, p := range a.ports(lifecycle.Observation{Endpoints: []lifecycle.Endpoint{{Found: true, Ports: ports}}}) {
-		got[p.Number] = p.Multiplexed
+		got[p.Number] = p
 	}
-	want := map[uint16]bool{8080: false, 1: true, 2: true, 3: true, 4: false, 5: true, 7000: true, 6: false}
-	for n, m := range want {
-		if g, ok := got[n]; !ok || g != m {
-			t.Errorf("port %d: multiplexed %v (known %v), want %v", n, g, ok, m)
-		}
+	want := map[uint16]drain.Port{}
+	for _, n := range []uint16{1, 2, 3, 5, 7000} {
+		want[n] = drain.Port{Number: n, Multiplexed: true}
 	}
-	if len(got) != len(want) {
+	for _, n := range []uint16{4, 6, 8080, 8081} {
+		want[n] = drain.Port{Number: n, Cleartext: true}
+	}
+	for _, n := range []uint16{8443, 8444, 8082} {
+		want[n] = drain.Port{Number: n}
+	}
+	if !maps.Equal(got, want) {
 		t.Errorf("ports %v, want %v", got, want)
 	}
 	if p := a.ports(lifecycle.Observation{Endpoints: []lifecycle.Endpoint{{}}}); p != nil {
