@@ -215,7 +215,7 @@ func portsByNumber(ports []Port) (map[uint16]Port, error) {
 			return nil, errors.New("port is 0, must be 1 to 65535")
 		}
 		if other, ok := byNumber[p.Number]; ok && other != p {
-			return nil, fmt.Errorf("port %d is given as multiplexed or cleartext and as not, must be one of them", p.Number)
+			return nil, fmt.Errorf("port %d is given as %+v and as %+v, must be one of them", p.Number, other, p)
 		}
 		byNumber[p.Number] = p
 	}

@@ -806,7 +806,7 @@ func TestNewSockdiagNamesWhatIsWrong(t *testing.T) {
 		{SockdiagConfig{MaxPatience: -1}, "MaxPatience is -1ns"},
 		{SockdiagConfig{MinPatience: 2 * time.Second, MaxPatience: time.Second}, "MaxPatience is 1s, must be at least MinPatience (2s)"},
 		{SockdiagConfig{Ports: []Port{{}}}, "port is 0, must be 1 to 65535"},
-		{SockdiagConfig{Ports: []Port{{Number: 80}, {Number: 80, Multiplexed: true}}}, "port 80 is given as multiplexed and as not"},
+		{SockdiagConfig{Ports: []Port{{Number: 80}, {Number: 80, Multiplexed: true}}}, "port 80 is given as {Number:80 Multiplexed:false Cleartext:false} and as {Number:80 Multiplexed:true Cleartext:false}"},
 	} {
 		if _, err := NewSockdiag(tc.cfg); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("NewSockdiag(%+v): got %v, want %q", tc.cfg, err, tc.want)
