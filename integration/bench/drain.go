@@ -208,7 +208,7 @@ func openSockets(ctx context.Context, n int) (all sockets, ports []drain.Port, e
 type drainCase struct {
 	name string
 	tls  bool
-	// http2 without TLS; its port is given to the source as multiplexed.
+	// http2 without TLS; its port is given to the source as multiplexed, as those without TLS are given as cleartext.
 	http2 bool
 	// restarted: the source starts with the drain, and has learnt nothing.
 	restarted bool
@@ -262,7 +262,7 @@ func (c drainCase) run(ctx context.Context) (drained, error) {
 	defer cancel()
 	a := newDrainApp(ctx, c)
 	defer a.server.Close()
-	port := drain.Port{Number: uint16(a.server.Listener.Addr().(*net.TCPAddr).Port), Multiplexed: c.http2}
+	port := drain.Port{Number: uint16(a.server.Listener.Addr().(*net.TCPAddr).Port), Multiplexed: c.http2, Cleartext: !c.tls}
 	sockdiag, err := drain.NewSockdiag(drain.SockdiagConfig{Ports: []drain.Port{port}, MinPatience: drainSettle, MaxPatience: drainDeadline})
 	if err != nil {
 		return drained{}, err
