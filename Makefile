@@ -26,9 +26,10 @@ test: test-unit test-conformance test-integration ## Run all tests but Traefik's
 test-unit: deps ## Run the unit tests
 	go test -race ./...
 
+# These build and run programs that they don't import, so go's cache would call them passed whatever has become of those.
 test-integration: deps ## Run the tests on a real etcd and, as root, on a real Kubernetes
 	@[ $$(id -u) = 0 ] || echo 'The tests on a real Kubernetes are left out: they need root.'
-	cd integration && go test -race -p 1 -timeout 30m ./...
+	cd integration && go test -race -count 1 -p 1 -timeout 30m ./...
 
 test-conformance: deps ## Run the tests with the real readers of the record formats, and show how long they lag
 	cd integration/conformance && go test -race -v .
