@@ -185,9 +185,9 @@ type connection struct {
 // opening tells whether what was sent last may be no answer, though it was sent after the last request. A TLS 1.3 server
 // sends session tickets after the client has finished the handshake (RFC 8446, 4.6.1), and the client sends its first
 // request without waiting for them; one of TLS 1.2 with a false start (RFC 7918) does the same. The kernel doesn't see what
-// the bytes are, so this goes for all connections but those to a port that is known to be cleartext. It ends when data comes, or an answer, some time after the
-// application has read the client's part of the handshake, which ends in the second segment at the earliest; a first one
-// alone is a hello, or no TLS.
+// the bytes are, so this goes for all connections but those to a port that is known to be cleartext. It ends when data
+// comes, or an answer, some time after the application has read the client's part of the handshake, which ends in the
+// second segment at the earliest; a first one alone is a hello, or no TLS.
 func (c *connection) opening(s *socket, now time.Time) bool {
 	if s.info && s.segsIn > 1 && !c.past {
 		readAge := s.receivedAge

@@ -384,7 +384,7 @@ func (a *agent) stop(ctx context.Context, sig os.Signal, signals <-chan os.Signa
 					giveUp()
 				}
 			case <-gone:
-				a.machine.Force("the application has exited")
+				a.machine.Force("the application's exit")
 				gone = nil
 			case <-draining.Done():
 				return

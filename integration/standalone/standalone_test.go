@@ -330,6 +330,19 @@ func TestRecordsGoWithTheApplication(t *testing.T) {
 	}
 }
 
+// What counts for it may not know that it is gone.
+func TestDrainEndsWithTheApplication(t *testing.T) {
+	i := run(t, []string{"--health={}", "--in-flight-source=exec", "--in-flight-command=echo 1"}, "sh", "-c", "read line; exit 7")
+	i.says("application started")
+	i.put(i.control, "/v1/availability/readiness", `{"state":"ACCEPTING_TRAFFIC"}`)
+	i.hasRecords(1)
+	i.signal(syscall.SIGTERM)
+	i.hasRecords(0)
+	i.stdin.Close()
+	i.exits(7)
+	i.says("forced by the application's exit")
+}
+
 func TestOtherSignalsArePassedOn(t *testing.T) {
 	i := run(t, nil, "sh", "-c", `trap 'echo got HUP' HUP; trap 'echo got TERM; exit 3' TERM; echo set; while :; do sleep 0.1; done`)
 	i.says("set")
